@@ -1,0 +1,211 @@
+"""The contract between what is learned and how it is learned.
+
+A task family is a distribution over tasks on one body: a frozen dataclass whose
+fields are its settings. It makes `Worlds`, N copies of the body that are stepped
+in lockstep, each with a task of its own. Nothing here knows of policies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar, NamedTuple, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
+
+T = TypeVar("T")
+
+
+class Column(NamedTuple):
+    """Name, unit and meaning of one entry of a task, observation, action or measure."""
+
+    name: str
+    unit: str
+    meaning: str = ""
+
+
+class Transition(NamedTuple):
+    """What one control step of N worlds gives; rows of worlds that were not stepped are stale.
+
+    A diverged world's numbers are meaningless: its step must not be used.
+    """
+
+    observations: Tensor
+    """(N, O) float32, after the step."""
+    rewards: Tensor
+    """(N,) float32."""
+    terminated: Tensor
+    """(N,) bool: the episode ended with this step."""
+    diverged: Tensor
+    """(N,) bool: the simulation broke down in this step."""
+    measures: Tensor
+    """(N, Q) float32: the family's `measure_columns`, for reports only."""
+
+
+class FamilyError(ValueError):
+    """A family's setting or task is wrong; the message says which, and what was expected."""
+
+
+def decided(value: T | None) -> T:
+    """Return a setting that may be None only until its family is built.
+
+    Raises:
+        FamilyError: if nothing has decided it.
+    """
+    if value is None:
+        raise FamilyError("a setting is None and no protocol decides it")
+    return value
+
+
+def check_range(
+    owner: str, name: str, value: float, low: float = -np.inf, high: float = np.inf
+) -> None:
+    """Raise FamilyError unless low <= value <= high and the value is finite."""
+    if not (np.isfinite(value) and low <= value <= high):
+        wanted = f"at least {low:g}" if high == np.inf else f"between {low:g} and {high:g}"
+        raise FamilyError(f"{owner}: {name} must be {wanted}, got {value}")
+
+
+class Worlds(ABC):
+    """N worlds of one family, each with a task; stepped together or some of them.
+
+    `where` is a bool mask (N,), or None for all. Rows of the worlds left out keep their state.
+    Close it, or use it in a `with` statement.
+    """
+
+    count: int
+    """N."""
+
+    @abstractmethod
+    def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
+        """Put worlds at the start of an episode and return observations (N, O) float32.
+
+        Args:
+            tasks: (N, P) float32, rows outside `where` ignored.
+            starts: (N, S) rows made by the family's `draw_start`, likewise.
+            where: which worlds.
+        """
+
+    @abstractmethod
+    def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
+        """Advance worlds by one control step; `actions` (N, A) in the body's own unit, clipped."""
+
+    def close(self) -> None:
+        """Release what the worlds hold."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFamily(ABC):
+    """A distribution over tasks on one body.
+
+    Subclasses are frozen dataclasses. They set `name`, describe their columns and implement
+    `sample_tasks`, `draw_start` and `make_worlds`. See `envs/half_cheetah.py` for an example of
+    a family on a MuJoCo body, and `envs/navigation.py` for one without a simulator.
+    """
+
+    horizon: int | None = None
+    """Control steps after which an episode ends (H)."""
+
+    name: ClassVar[str]
+    """Name in configs, files and commands."""
+    task_columns: ClassVar[tuple[Column, ...]]
+    """The P numbers of a task."""
+    measure_columns: ClassVar[tuple[Column, ...]] = ()
+    """The Q numbers that reports show beside returns."""
+
+    def __post_init__(self) -> None:
+        """Check what every family shares; subclasses call this last."""
+        check_range(self.name, "horizon", decided(self.horizon), 1)
+
+    @property
+    @abstractmethod
+    def observation_columns(self) -> tuple[Column, ...]:
+        """The O numbers of an observation."""
+
+    @property
+    @abstractmethod
+    def action_columns(self) -> tuple[Column, ...]:
+        """The A numbers of an action."""
+
+    @property
+    def action_bounds(self) -> tuple[Floats, Floats]:
+        """Lowest and highest action, each (A,), in the body's own unit."""
+        size = len(self.action_columns)
+        return -np.ones(size), np.ones(size)
+
+    @property
+    def episode_steps(self) -> int:
+        """H, the horizon once decided."""
+        return decided(self.horizon)
+
+    @property
+    def control_seconds(self) -> float:
+        """Seconds of simulated time in one control step; navigation has no physical time: 1."""
+        return 1.0
+
+    @property
+    def finite_tasks(self) -> npt.NDArray[np.float32] | None:
+        """All tasks (F, P) where the family has finitely many, else None."""
+        return None
+
+    @abstractmethod
+    def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Draw `count` tasks, (count, P)."""
+
+    def check_task(self, task: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return one task as (P,) float32.
+
+        Raises:
+            FamilyError: if it has the wrong width, is not finite, or is no task of this family.
+        """
+        row = np.asarray(task, np.float32).reshape(-1)
+        names = ", ".join(f"{c.name} ({c.unit})" for c in self.task_columns)
+        if row.shape != (len(self.task_columns),) or not np.isfinite(row).all():
+            raise FamilyError(f"{self.name}: a task is {names}, all finite; got {task!r}")
+        finite = self.finite_tasks
+        if finite is not None and not (finite == row).all(axis=1).any():
+            choices = ", ".join(str(f.tolist()) for f in finite)
+            raise FamilyError(f"{self.name}: a task is {names}, one of {choices}; got {task!r}")
+        return row
+
+    def describe_task(self, task: npt.ArrayLike) -> str:
+        """Return a task in words, with units."""
+        row = self.check_task(task)
+        return ", ".join(
+            f"{c.name} {v:.2f} {c.unit}" for c, v in zip(self.task_columns, row, strict=True)
+        )
+
+    def wanted_measures(self, measures: Tensor, tasks: Tensor) -> Tensor:
+        """Return measures (M, ..., Q) as the task sees them; a direction family flips the sign."""
+        return measures
+
+    @abstractmethod
+    def draw_start(self, rng: np.random.Generator) -> Floats:
+        """Draw the randomness of one episode's start, (S,). The same draw, the same start."""
+
+    @abstractmethod
+    def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
+        """Make `count` worlds on `threads` threads (0: one a core), with no task yet."""
+
+
+def as_mask(where: Tensor | None, count: int) -> Tensor:
+    """Return `where` as a bool mask (count,), all true for None."""
+    return torch.ones(count, dtype=torch.bool) if where is None else where

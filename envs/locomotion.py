@@ -1,0 +1,276 @@
+"""What families on a MuJoCo body share: the two protocols' machinery and their worlds.
+
+Reward, observation and termination are torch code over the tensors that physics hands out, so
+the same lines serve any backend that has `qpos`, `qvel`, `sensor`, `set_state` and `step`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.family import Column, Floats, TaskFamily, Transition, Worlds, check_range, decided
+from envs.physics import CpuPhysics
+
+Protocol = Literal["paper", "gymnasium"]
+VelocityOf = Literal["center-of-mass", "root"]
+NoiseShape = Literal["normal", "uniform"]
+
+CENTER_OF_MASS = "center_of_mass"
+CENTER_OF_MASS_VELOCITY = "center_of_mass_velocity"
+AXES = ("axis_x", "axis_y", "axis_z")
+
+SENSORS: Mapping[str, mujoco.mjtSensor] = {
+    CENTER_OF_MASS: mujoco.mjtSensor.mjSENS_SUBTREECOM,
+    CENTER_OF_MASS_VELOCITY: mujoco.mjtSensor.mjSENS_SUBTREELINVEL,
+    AXES[0]: mujoco.mjtSensor.mjSENS_FRAMEXAXIS,
+    AXES[1]: mujoco.mjtSensor.mjSENS_FRAMEYAXIS,
+    AXES[2]: mujoco.mjtSensor.mjSENS_FRAMEZAXIS,
+}
+"""Sensors of the torso that observations and rewards may read."""
+
+
+def load_asset(name: str) -> str:
+    """Return a model's XML from the installed gymnasium package, which is not imported for it."""
+    package = importlib.util.find_spec("gymnasium")
+    if package is None or package.origin is None:
+        raise ImportError("the bodies' files come with gymnasium: pip install gymnasium")
+    return (Path(package.origin).parent / "envs" / "mujoco" / "assets" / name).read_text()
+
+
+def add_sensors(spec: mujoco.MjSpec, names: tuple[str, ...]) -> None:
+    """Add the named sensors of the body called torso to a model's specification."""
+    for name in names:
+        frame = name in AXES
+        spec.add_sensor(
+            name=name,
+            type=SENSORS[name],
+            objtype=mujoco.mjtObj.mjOBJ_XBODY if frame else mujoco.mjtObj.mjOBJ_BODY,
+            objname="torso",
+        )
+
+
+def velocity_of_center_of_mass(physics: CpuPhysics, x_before: Tensor, seconds: float) -> Tensor:
+    """Return the x velocity of the whole body's centre of mass at the present state, (N,)."""
+    return physics.sensor(CENTER_OF_MASS_VELOCITY)[:, 0]
+
+
+def velocity_of_root(physics: CpuPhysics, x_before: Tensor, seconds: float) -> Tensor:
+    """Return the root's mean x velocity over the control step, (N,)."""
+    return (physics.qpos[:, 0] - x_before) / seconds
+
+
+VELOCITIES: Mapping[str, Callable[[CpuPhysics, Tensor, float], Tensor]] = {
+    "center-of-mass": velocity_of_center_of_mass,
+    "root": velocity_of_root,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocomotionFamily(TaskFamily):
+    """A MuJoCo body that is asked to move along x.
+
+    `protocol` decides the fields that default to None; an explicit value wins, and after
+    construction every field holds its resolved number.
+    """
+
+    protocol: Protocol = "paper"
+    """`paper`: what the numbers of Finn et al. 2017 were made with. `gymnasium`: what has been
+    used since. Returns under the two cannot be compared."""
+    frame_skip: int | None = None
+    """Physics steps per control step."""
+    timestep: float | None = None
+    """Seconds of one physics step."""
+    velocity_of: VelocityOf | None = None
+    """Whose x velocity the reward reads: the centre of mass's now, or the root's mean over the
+    control step."""
+    observation: Protocol | None = None
+    """Which protocol's observation."""
+    position_noise: float | None = None
+    """Width of the reset noise on every qpos entry (m, rad or quaternion)."""
+    position_noise_shape: NoiseShape | None = None
+    """`normal`: the width is the standard deviation. `uniform`: plus or minus the width."""
+    velocity_noise: float | None = None
+    """Standard deviation of the reset noise on every qvel entry (m/s or rad/s)."""
+    control_cost: float = 0.0
+    """Price of the sum of squared actions (in units of the bound) a step."""
+
+    measure_columns: ClassVar[tuple[Column, ...]] = (
+        Column("velocity", "m/s", "x velocity that the reward reads"),
+    )
+    protocols: ClassVar[Mapping[str, Mapping[str, object]]]
+    """For each protocol, the values of the fields it decides."""
+
+    def __post_init__(self) -> None:
+        """Fill what the protocol decides, then check ranges."""
+        if self.protocol not in self.protocols:
+            raise ValueError(
+                f"{self.name}: protocol must be one of {', '.join(self.protocols)}, "
+                f"got {self.protocol!r}"
+            )
+        for field, value in self.protocols[self.protocol].items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        check_range(self.name, "frame_skip", decided(self.frame_skip), 1)
+        check_range(self.name, "timestep", decided(self.timestep), 1e-5, 0.1)
+        check_range(self.name, "position_noise", decided(self.position_noise), 0)
+        check_range(self.name, "velocity_noise", decided(self.velocity_noise), 0)
+        check_range(self.name, "control_cost", self.control_cost, 0)
+        super().__post_init__()
+
+    @property
+    def control_seconds(self) -> float:
+        """Seconds of simulated time in one control step."""
+        return decided(self.frame_skip) * decided(self.timestep)
+
+    @abstractmethod
+    def build_model(self, sensors: tuple[str, ...]) -> mujoco.MjModel:
+        """Compile the body with this family's timestep and the named sensors of the torso."""
+
+    @abstractmethod
+    def start_positions(self, model: mujoco.MjModel) -> Floats:
+        """Return qpos (nq,) before reset noise."""
+
+    @abstractmethod
+    def observe(self, physics: CpuPhysics) -> Tensor:
+        """Return observations (N, O) float64 of the present state."""
+
+    @abstractmethod
+    def reward(self, velocity: Tensor, actions: Tensor, tasks: Tensor) -> Tensor:
+        """Return rewards (N,) of a step.
+
+        Args:
+            velocity: (N,) x velocity, m/s.
+            actions: (N, A) clipped, in units of the bound.
+            tasks: (N, P).
+        """
+
+    def terminated(self, physics: CpuPhysics) -> Tensor:
+        """Return (N,) bool: the present state ends the episode. Never, unless overridden."""
+        return torch.zeros(physics.count, dtype=torch.bool)
+
+    @property
+    @abstractmethod
+    def state_sizes(self) -> tuple[int, int]:
+        """The body's (nq, nv)."""
+
+    @property
+    @abstractmethod
+    def sensors(self) -> tuple[str, ...]:
+        """Names of the torso's sensors that observation and reward read."""
+
+    def draw_start(self, rng: np.random.Generator) -> Floats:
+        """Draw reset noise for qpos, then for qvel, (nq + nv,), as Gymnasium does."""
+        nq, nv = self.state_sizes
+        width = decided(self.position_noise)
+        shapes: Mapping[str, Callable[[], Floats]] = {
+            "normal": lambda: width * rng.standard_normal(nq),
+            "uniform": lambda: rng.uniform(-width, width, nq),
+        }
+        positions = shapes[decided(self.position_noise_shape)]()
+        return np.concatenate([positions, decided(self.velocity_noise) * rng.standard_normal(nv)])
+
+    def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
+        """Make `count` worlds on `threads` threads (0: one a core)."""
+        model = self.build_model(self.sensors)
+        return LocomotionWorlds(self, CpuPhysics(model, count, threads=threads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedGoal(LocomotionFamily):
+    """The task half of a family that is asked for a speed along x. Task 0: wanted speed, m/s."""
+
+    speed_low: float = 0.0
+    """Slowest wanted speed, m/s."""
+    speed_high: float = 1.0
+    """Fastest wanted speed, m/s."""
+
+    task_columns: ClassVar[tuple[Column, ...]] = (Column("velocity", "m/s", "wanted x velocity"),)
+
+    def __post_init__(self) -> None:
+        """Check the range of speeds, then the body."""
+        check_range(self.name, "speed_low", self.speed_low)
+        check_range(self.name, "speed_high", self.speed_high, self.speed_low)
+        super().__post_init__()
+
+    def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Draw wanted speeds uniformly, (count, 1)."""
+        return rng.uniform(self.speed_low, self.speed_high, (count, 1)).astype(np.float32)
+
+
+DIRECTIONS = np.array([[-1.0], [1.0]], np.float32)
+DIRECTION_WORDS = {-1.0: "backward", 1.0: "forward"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionGoal(LocomotionFamily):
+    """The task half of a family that is asked for a direction. Task 0: -1 backward, +1 forward."""
+
+    task_columns: ClassVar[tuple[Column, ...]] = (
+        Column("direction", "sign", "-1 backward, +1 forward"),
+    )
+
+    @property
+    def finite_tasks(self) -> npt.NDArray[np.float32]:
+        """Backward and forward."""
+        return DIRECTIONS
+
+    def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Draw directions with equal chance, (count, 1)."""
+        return DIRECTIONS[rng.integers(0, len(DIRECTIONS), count)]
+
+    def describe_task(self, task: npt.ArrayLike) -> str:
+        """Return "forward" or "backward"."""
+        return DIRECTION_WORDS[float(self.check_task(task)[0])]
+
+    def wanted_measures(self, measures: Tensor, tasks: Tensor) -> Tensor:
+        """Return velocity the wanted way, m/s."""
+        return measures * tasks[:, 0].reshape(-1, *[1] * (measures.ndim - 1))
+
+
+class LocomotionWorlds(Worlds):
+    """Worlds of a locomotion family over a physics backend."""
+
+    def __init__(self, family: LocomotionFamily, physics: CpuPhysics) -> None:
+        self.family = family
+        self.physics = physics
+        self.count = physics.count
+        self._start = torch.from_numpy(family.start_positions(physics.model))
+        self._tasks = torch.zeros(self.count, len(family.task_columns))
+        self._velocity = VELOCITIES[decided(family.velocity_of)]
+
+    def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
+        """Put worlds at their start pose plus the noise in `starts` (N, nq + nv)."""
+        nq = self.physics.model.nq
+        noise = torch.from_numpy(starts)
+        if where is None:
+            self._tasks.copy_(tasks)
+        else:
+            self._tasks[where] = tasks[where]
+        self.physics.set_state(self._start + noise[:, :nq], noise[:, nq:], where)
+        return self.family.observe(self.physics).float()
+
+    def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
+        """Advance by one control step; actions (N, A) are clipped to [-1, 1]."""
+        family, physics = self.family, self.physics
+        clipped = actions.clamp(-1.0, 1.0)
+        x_before = physics.qpos[:, 0].clone()
+        physics.step(clipped, decided(family.frame_skip), where)
+        velocity = self._velocity(physics, x_before, family.control_seconds)
+        return Transition(
+            observations=family.observe(physics).float(),
+            rewards=family.reward(velocity, clipped.double(), self._tasks.double()).float(),
+            terminated=family.terminated(physics),
+            diverged=physics.diverged,
+            measures=velocity.float()[:, None],
+        )

@@ -1,0 +1,115 @@
+"""A point that is asked to move to a goal in the plane (Finn et al. 2017, section 5.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.family import Column, Floats, TaskFamily, Transition, Worlds, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Navigation2D(TaskFamily):
+    """Move a point to a goal that it cannot see: reward minus the distance to the goal.
+
+    Reward and ending are judged after the move; the last step is rewarded.
+
+    ===========  =  ==============================================  ======
+    task         0  goal x, ~ U[-.5, .5]                            m
+    task         1  goal y, likewise                                m
+    observation  0  x, starts at 0                                  m
+    observation  1  y, likewise                                     m
+    action       0  move in x, clipped to [-.1, .1]                 m
+    action       1  move in y, likewise                             m
+    measure      0  distance to the goal after the move             m
+    ===========  =  ==============================================  ======
+    """
+
+    horizon: int | None = 100
+    """Control steps after which an episode ends (H)."""
+    goal_range: float = 0.5
+    """Goals lie in the square of plus or minus this, m."""
+    max_move: float = 0.1
+    """Longest move along each axis in one step, m."""
+    goal_radius: float = 0.01
+    """The episode ends within this of the goal in x and in y, m."""
+
+    name: ClassVar[str] = "navigation"
+    task_columns: ClassVar[tuple[Column, ...]] = (
+        Column("goal_x", "m", "goal"),
+        Column("goal_y", "m", "goal"),
+    )
+    measure_columns: ClassVar[tuple[Column, ...]] = (
+        Column("distance", "m", "distance to the goal after the move"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_range(self.name, "goal_range", self.goal_range, 0)
+        check_range(self.name, "max_move", self.max_move, 1e-9)
+        check_range(self.name, "goal_radius", self.goal_radius, 0)
+        super().__post_init__()
+
+    @property
+    def observation_columns(self) -> tuple[Column, ...]:
+        """Position x and y."""
+        return Column("x", "m", "position"), Column("y", "m", "position")
+
+    @property
+    def action_columns(self) -> tuple[Column, ...]:
+        """Move in x and y."""
+        return Column("move_x", "m"), Column("move_y", "m")
+
+    @property
+    def action_bounds(self) -> tuple[Floats, Floats]:
+        """Plus or minus `max_move`."""
+        return np.full(2, -self.max_move), np.full(2, self.max_move)
+
+    def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Draw goals uniformly from the square, (count, 2)."""
+        return rng.uniform(-self.goal_range, self.goal_range, (count, 2)).astype(np.float32)
+
+    def draw_start(self, rng: np.random.Generator) -> Floats:
+        """Return nothing: every episode starts at the origin."""
+        return np.zeros(0)
+
+    def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
+        """Make `count` points; they need no threads."""
+        return NavigationWorlds(self, count)
+
+
+class NavigationWorlds(Worlds):
+    """N points in the plane."""
+
+    def __init__(self, family: Navigation2D, count: int) -> None:
+        self.family = family
+        self.count = count
+        self.positions = torch.zeros(count, 2)
+        self._goals = torch.zeros(count, 2)
+
+    def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
+        """Put points at the origin and give them goals (N, 2)."""
+        rows = slice(None) if where is None else where
+        self._goals[rows] = tasks[rows]
+        self.positions[rows] = 0.0
+        return self.positions.clone()
+
+    def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
+        """Move points; actions (N, 2) in metres are clipped per axis."""
+        rows = slice(None) if where is None else where
+        limit = self.family.max_move
+        self.positions[rows] += actions[rows].clamp(-limit, limit)
+        offset = self.positions - self._goals
+        distance = offset.norm(dim=1)
+        return Transition(
+            observations=self.positions.clone(),
+            rewards=-distance,
+            terminated=(offset.abs() < self.family.goal_radius).all(1),
+            diverged=torch.zeros(self.count, dtype=torch.bool),
+            measures=distance[:, None],
+        )

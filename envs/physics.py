@@ -1,0 +1,103 @@
+"""A batch of worlds of one MuJoCo model on CPU threads.
+
+The only module that touches `mujoco.batch`. Results are bit-identical to a plain
+`mj_step` loop at any number of threads.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from mujoco.batch import Batch, SimulationError
+except ImportError as missing:
+    raise ImportError(
+        f"mujoco {mujoco.__version__} has no mujoco.batch, which this package needs: "
+        "pip install 'mujoco>=3.17'"
+    ) from missing
+
+
+class CpuPhysics:
+    """N worlds of one model: positions, velocities and named sensors as live tensors.
+
+    `where` is a bool mask (N,), or None for all; the worlds left out are not touched. Not
+    picklable, and not usable in a process forked after it was made.
+
+    Attributes:
+        qpos: (N, nq) float64, a live view: valid until the next call.
+        qvel: (N, nv) float64, likewise.
+        diverged: (N,) bool: the simulation broke down in the last `step`. MuJoCo silently resets
+            such a world, so what its state says is not what was simulated.
+    """
+
+    def __init__(self, model: mujoco.MjModel, count: int, *, threads: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        # A world of its own for every simulation lets a step continue from the sensors' stage.
+        # Without sensors there is no such stage, and sharing worlds saves memory.
+        self._batch = Batch(model, count, threads, persistent=model.nsensor > 0)
+        self._stage = (
+            mujoco.mjtStage.mjSTAGE_VEL if model.nsensor else mujoco.mjtStage.mjSTAGE_NONE
+        ).value
+        self.model = model
+        self.count = count
+        self.qpos = torch.from_numpy(self._batch.bind("qpos"))
+        self.qvel = torch.from_numpy(self._batch.bind("qvel"))
+        self._ctrl = torch.from_numpy(self._batch.bind("ctrl"))
+        self.diverged = torch.zeros(count, dtype=torch.bool)
+        # (N, kinds of warning): how often each was raised; the other entry is where.
+        self._warnings = self._batch.warning[:, :, 1]
+        self._seen = self._warnings.copy()
+        with warnings.catch_warnings():
+            # Derived fields are read-only in NumPy, and torch has no such notion. None is written.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._sensors = torch.from_numpy(self._batch.bind("sensordata"))
+
+    @property
+    def threads(self) -> int:
+        """Threads that step the worlds."""
+        return int(self._batch.nthread)
+
+    def sensor(self, name: str) -> Tensor:
+        """Return one sensor's readings of the present state, (N, size) float64, a live view."""
+        sensor = self.model.sensor(name)
+        start = int(sensor.adr[0])
+        return self._sensors[:, start : start + int(sensor.dim[0])]
+
+    def set_state(self, qpos: Tensor, qvel: Tensor, where: Tensor | None = None) -> None:
+        """Set positions (N, nq) and velocities (N, nv), and forget solver state and warnings."""
+        mask = None if where is None else where.numpy()
+        self._batch.reset(mask, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        if where is None:
+            self.qpos.copy_(qpos)
+            self.qvel.copy_(qvel)
+        else:
+            self.qpos[where] = qpos[where]
+            self.qvel[where] = qvel[where]
+        if self._stage:
+            self._batch.forward(mask, stage=self._stage)
+        rows = slice(None) if mask is None else mask
+        self._seen[rows] = self._warnings[rows]
+        self.diverged[rows] = False
+
+    def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
+        """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""
+        self._ctrl.copy_(ctrl)
+        failed = None
+        try:
+            self._batch.step(
+                None if where is None else where.numpy(), nstep=substeps, stage=self._stage
+            )
+        except SimulationError as error:
+            failed = error.ids
+        warned = (self._warnings != self._seen).any(axis=1)
+        np.copyto(self._seen, self._warnings)
+        finite = torch.isfinite(self.qpos).all(1) & torch.isfinite(self.qvel).all(1)
+        self.diverged = torch.from_numpy(warned) | ~finite
+        if failed is not None:
+            self.diverged[torch.from_numpy(failed)] = True

@@ -1,0 +1,292 @@
+"""One meta-iteration of MAML for reinforcement learning (Finn et al. 2017, Algorithm 3).
+
+Sample with theta, adapt, sample with the adapted parameters, and step theta within a trust region
+on the adapted policies. Everything here is a sum over tasks; tasks go through in chunks, each on
+one thread, and their terms are added in task order in float64, so the result does not depend on
+the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from maml_rl.adapt import Params, broadcast, flatten, unflatten
+from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.curvature import InnerStep, Linearisation, linearise
+from maml_rl.episodes import Episodes, Steps, pack
+from maml_rl.losses import INNER_LOSSES
+from maml_rl.policy import GaussianPolicy, kl_divergence, log_density, log_std
+from maml_rl.trust_region import Report, TrustRegionSettings, trust_region_step
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationSettings:
+    """The inner loop."""
+
+    inner_steps: int = 1
+    """Gradient steps to each task; 0 is plain TRPO over the mixture of tasks."""
+    step_size: float = 0.1
+    """alpha, in parameter units per unit of gradient."""
+    inner_loss: Literal["log-prob", "likelihood-ratio", "dice"] = "log-prob"
+    """log-prob: the paper's. likelihood-ratio: ProMP's. dice: Loaded DiCE."""
+    first_order: bool = False
+    """Whether the outer gradient treats the inner one as a constant."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.inner_steps < 0:
+            raise ValueError(f"adaptation.inner_steps must be at least 0, got {self.inner_steps}")
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"adaptation.step_size must be above 0, got {self.step_size}")
+
+    def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:
+        """Return the step these settings describe, with another step size if given."""
+        return InnerStep(
+            policy, INNER_LOSSES[self.inner_loss], step_size or self.step_size, self.first_order
+        )
+
+
+class Collect(Protocol):
+    """Samples a batch of episodes with the given parameters."""
+
+    def __call__(self, params: Params, phase: int) -> Episodes:
+        """Sample M tasks with parameters (M, ...); `phase` counts inner steps taken."""
+
+
+class Chunks:
+    """Applies a function to chunks of tasks on a few threads of one torch thread each.
+
+    One task's arrays fit in a core's cache where forty do not. On a GPU, one chunk holds all.
+    """
+
+    def __init__(self, threads: int = 0, size: int = 1) -> None:
+        """Make a pool of `threads` threads (0: one a core) and chunks of `size` tasks (0: all)."""
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.size = size
+        self._pool = ThreadPoolExecutor(
+            self.threads, "maml-rl", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def map(self, function: Callable[[int, int], T], tasks: int) -> list[T]:
+        """Return function(start, stop) of every chunk, in task order."""
+        size = self.size or tasks
+        starts = range(0, tasks, size)
+        return list(self._pool.map(lambda s: function(s, min(s + size, tasks)), starts))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def of_tasks(params: Params, start: int, stop: int) -> Params:
+    """Return parameters of tasks start to stop - 1."""
+    return {name: p[start:stop] for name, p in params.items()}
+
+
+def join_tasks(parts: Sequence[Params]) -> Params:
+    """Join chunks of tasks' parameters along the task axis."""
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def adapt_in_chunks(inner: InnerStep, params: Params, steps: Steps, chunks: Chunks) -> Params:
+    """Take one inner step for M tasks, chunk by chunk."""
+
+    def part(start: int, stop: int) -> Params:
+        adapted = inner(of_tasks(params, start, stop), steps.of_tasks(start, stop))
+        return {name: p.detach() for name, p in adapted.items()}
+
+    return join_tasks(chunks.map(part, len(steps.weights)))
+
+
+class MetaObjective:
+    """Algorithm 3's outer objective around theta, for the trust region.
+
+    Surrogate: -mean over tasks and live steps of exp(log pi_{theta'(theta)} - log pi_old) A, with
+    log pi_old as stored at sampling. Divergence: KL from the old adapted policies to the new, mean
+    over all live steps pooled. Episodes and advantages stay fixed; theta' is adapted anew from
+    every candidate.
+    """
+
+    def __init__(
+        self,
+        inner: InnerStep,
+        points: Sequence[Params],
+        batches: Sequence[Steps],
+        outer: Steps,
+        chunks: Chunks,
+        linearise: Callable[..., Linearisation] = linearise,
+    ) -> None:
+        """Set up around one theta.
+
+        Args:
+            inner: the inner step.
+            points: parameters (M, ...) before each inner step, and after the last.
+            batches: the steps (M, S, ...) that each inner step learned from.
+            outer: the steps sampled after the last inner step.
+            chunks: how tasks are divided.
+            linearise: makes the products of some tasks.
+        """
+        self._inner = inner
+        self._points = points
+        self._batches = batches
+        self._outer = outer
+        self._chunks = chunks
+        self._like = {name: p[0] for name, p in points[0].items()}
+        self._theta = flatten(self._like)
+        self._tasks = len(outer.weights)
+        # Weights sum to 1 over a task; over the pool, a task counts by its live steps.
+        live = (outer.weights > 0).sum(1, keepdim=True).to(outer.weights.dtype)
+        self._pooled = outer.weights * (live / live.sum())
+        with torch.no_grad():
+            self._old_means = chunks.map(self._means_of(points[-1]), self._tasks)
+        self._old_log_std = log_std(points[-1]).detach()
+
+        def linearise_chunk(start: int, stop: int) -> Linearisation:
+            return linearise(
+                inner,
+                [of_tasks(p, start, stop) for p in points],
+                [b.of_tasks(start, stop) for b in batches],
+                outer.of_tasks(start, stop),
+            )
+
+        self._linear = chunks.map(linearise_chunk, self._tasks)
+
+    def _means_of(self, params: Params) -> Callable[[int, int], Tensor]:
+        network = self._inner.policy.network
+
+        def means(start: int, stop: int) -> Tensor:
+            observations = self._outer.observations[start:stop]
+            return network.of_tasks(of_tasks(params, start, stop), observations)
+
+        return means
+
+    def _chunk(self, start: int) -> int:
+        return start // (self._chunks.size or self._tasks)
+
+    def _sum(self, terms: Callable[[int, int], Tensor]) -> Tensor:
+        """Add chunks' terms (chunk, d) in task order, in float64."""
+        parts = self._chunks.map(terms, self._tasks)
+        total = torch.zeros(parts[0].shape[-1], dtype=torch.float64, device=parts[0].device)
+        for part in parts:
+            for term in part:
+                total += term
+        return total
+
+    def gradient(self) -> Tensor:
+        """Return P' times the surrogate's gradient at theta', mean over tasks, (d,)."""
+        adapted = self._points[-1]
+
+        def terms(start: int, stop: int) -> Tensor:
+            point = {
+                n: p.detach().requires_grad_() for n, p in of_tasks(adapted, start, stop).items()
+            }
+            means = self._inner.policy.network.of_tasks(point, self._outer.observations[start:stop])
+            surrogate = self._surrogate(means, log_std(point), start, stop).sum()
+            slopes = torch.autograd.grad(surrogate, list(point.values()))
+            covectors = flatten(dict(zip(point, slopes, strict=True)), axes=1)
+            return self._linear[self._chunk(start)].pull(covectors)
+
+        return self._sum(terms) / self._tasks
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the mean KL's Hessian at theta times `vector` (d,), (d,)."""
+
+        def terms(start: int, stop: int) -> Tensor:
+            linear = self._linear[self._chunk(start)]
+            pushed = linear.push(vector.expand(stop - start, -1))
+            return linear.pull(linear.fisher(pushed, self._pooled[start:stop]))
+
+        return self._sum(terms)
+
+    def evaluate(self, candidate: Tensor) -> tuple[float, float]:
+        """Return surrogate and KL after adapting from a candidate theta (d,)."""
+        theta = unflatten(candidate, self._like)
+        # Where it is the present theta, theta' is known already.
+        present = torch.equal(candidate, self._theta)
+
+        def terms(start: int, stop: int) -> Tensor:
+            params = broadcast(theta, stop - start)
+            if present:
+                params = of_tasks(self._points[-1], start, stop)
+            for steps in () if present else self._batches:
+                adapted = self._inner(params, steps.of_tasks(start, stop))
+                params = {name: p.detach() for name, p in adapted.items()}
+            with torch.no_grad():
+                means = self._inner.policy.network.of_tasks(
+                    params, self._outer.observations[start:stop]
+                )
+                surrogate = self._surrogate(means, log_std(params), start, stop)
+                kl = kl_divergence(
+                    self._old_means[self._chunk(start)],
+                    self._old_log_std[start:stop],
+                    means,
+                    log_std(params),
+                )
+                pooled = (self._pooled[start:stop] * kl).sum(1)
+            return torch.stack([surrogate, pooled], 1)
+
+        surrogate, kl = self._sum(terms).tolist()
+        return surrogate / self._tasks, kl
+
+    def _surrogate(self, means: Tensor, log_stds: Tensor, start: int, stop: int) -> Tensor:
+        """Return the surrogate of each task of a chunk, (chunk,)."""
+        outer = self._outer.of_tasks(start, stop)
+        ratios = torch.exp(log_density(means, log_stds, outer.actions) - outer.log_probs)
+        return -(outer.weights * ratios * outer.advantages).sum(1)
+
+
+@dataclass(frozen=True)
+class MetaReport:
+    """What one meta-iteration saw and did."""
+
+    episodes: tuple[Episodes, ...]
+    """Before adaptation, after one inner step, and so on: inner_steps + 1 batches."""
+    explained_variance: tuple[float, ...]
+    """Of each batch's baseline, mean over tasks."""
+    step: Report
+    seconds_sampling: float
+
+
+def meta_iteration(
+    theta: Params,
+    policy: GaussianPolicy,
+    collect: Collect,
+    tasks: int,
+    *,
+    adaptation: AdaptationSettings,
+    advantages: AdvantageSettings,
+    trust_region: TrustRegionSettings,
+    chunks: Chunks,
+    clock: Callable[[], float],
+) -> tuple[Params, MetaReport]:
+    """Return theta after one iteration of Algorithm 3 over `tasks` tasks, and what happened.
+
+    A refused step returns the very same theta.
+    """
+    inner = adaptation.inner_step(policy)
+    points, batches, sampled, fits = [broadcast(theta, tasks)], [], [], []
+    sampling = 0.0
+    for phase in range(adaptation.inner_steps + 1):
+        began = clock()
+        episodes = collect(points[-1], phase)
+        sampling += clock() - began
+        estimated, explained = estimate_advantages(episodes, advantages)
+        batches.append(pack(episodes, estimated))
+        sampled.append(episodes)
+        fits.append(float(explained.mean()))
+        if phase < adaptation.inner_steps:
+            points.append(adapt_in_chunks(inner, points[-1], batches[-1], chunks))
+    objective = MetaObjective(inner, points, batches[:-1], batches[-1], chunks)
+    old = flatten(theta)
+    new, report = trust_region_step(objective, old, trust_region)
+    updated = theta if new is old else unflatten(new, theta)
+    return updated, MetaReport(tuple(sampled), tuple(fits), report, sampling)

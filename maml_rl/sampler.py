@@ -1,0 +1,299 @@
+"""The closed loop between policy and worlds: all tasks and episodes in lockstep.
+
+What an episode sees depends on its task's seed and its own index alone, not on how tasks are
+split over threads, chunks or machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.family import TaskFamily
+from maml_rl.adapt import Params
+from maml_rl.episodes import Episodes
+from maml_rl.policy import GaussianPolicy, log_std
+
+Seeds = npt.NDArray[np.uint64]
+
+TRAINING, TEST = 1, 2
+"""Streams of seeds. Training never draws from the stream of the test tasks."""
+TASKS, EPISODES = 1, 2
+"""What a seed is for."""
+TEST_SEED = 1703_03400
+"""Every run, method and seed is tested on the same tasks."""
+
+
+def seed_sequence(stream: int, seed: int, *path: int) -> np.random.SeedSequence:
+    """Return the root of one purpose's randomness, e.g. (TRAINING, run seed, TASKS, iteration)."""
+    return np.random.SeedSequence(seed, spawn_key=(stream, *path))
+
+
+def task_seeds(stream: int, seed: int, iteration: int, phase: int, tasks: int) -> Seeds:
+    """Return a seed for each task of a batch, (tasks,), from its index alone."""
+    return np.array(
+        [
+            seed_sequence(stream, seed, EPISODES, iteration, phase, task).generate_state(
+                1, np.uint64
+            )[0]
+            for task in range(tasks)
+        ]
+    )
+
+
+def task_generator(stream: int, seed: int, iteration: int) -> np.random.Generator:
+    """Return the generator that draws the tasks of one iteration."""
+    return np.random.default_rng(seed_sequence(stream, seed, TASKS, iteration))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How much is sampled for each update."""
+
+    tasks: int = 40
+    """M: tasks in a meta-batch."""
+    episodes: int = 20
+    """K: episodes a task."""
+    count: Literal["episodes", "steps"] = "episodes"
+    """`episodes`: K episodes. `steps`: whole episodes until a task holds K H live steps, as the
+    paper did; the two differ where episodes end early."""
+    tasks_at_once: int = 0
+    """Tasks that are simulated together; 0 is all. Fewer take less memory, and change nothing."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("tasks", 1), ("episodes", 1), ("tasks_at_once", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"sampling.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+
+
+class SamplingError(RuntimeError):
+    """Sampling cannot go on; the message says which task and seed."""
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run a block with so many torch threads in this thread of Python."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Sampler(AbstractContextManager["Sampler"]):
+    """Samples episodes of many tasks at once; owns one set of worlds.
+
+    Physics runs on `threads` threads (0: one a core); torch on one, since the products of one
+    control step are too small to share. Works for policies on a GPU with physics on the CPU.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        policy: GaussianPolicy,
+        *,
+        tasks: int,
+        episodes: int,
+        count: Literal["episodes", "steps"] = "episodes",
+        action_scale: float = 1.0,
+        threads: int = 0,
+    ) -> None:
+        """Make `tasks` x `episodes` worlds; batches of more tasks go through in turn."""
+        self.family = family
+        self.policy = policy
+        self._tasks, self._episodes, self._count = tasks, episodes, count
+        self._worlds = family.make_worlds(tasks * episodes, threads=threads)
+        low, high = (torch.from_numpy(b).float() for b in family.action_bounds)
+        self._middle, self._half = (low + high) / 2.0, (high - low) / 2.0 / action_scale
+
+    def sample(self, params: Params, tasks: Tensor, seeds: Seeds) -> Episodes:
+        """Sample episodes of M tasks.
+
+        Args:
+            params: parameters of each task's policy, (M, ...).
+            tasks: (M, P).
+            seeds: (M,), from `task_seeds`.
+
+        Raises:
+            SamplingError: if the policy's action is not finite, or a task's worlds all diverge
+                at their first step.
+        """
+        with torch.no_grad(), torch_threads(1):
+            parts = []
+            for start in range(0, len(tasks), self._tasks):
+                rows = slice(start, start + self._tasks)
+                part = {name: p[rows] for name, p in params.items()}
+                parts.append(self._sample_tasks(part, tasks[rows], seeds[rows], start))
+            return join_episodes(parts)
+
+    def _sample_tasks(self, params: Params, tasks: Tensor, seeds: Seeds, offset: int) -> Episodes:
+        """Sample the tasks that fit at once: one wave, or waves until each has enough steps."""
+        M, K, H = len(tasks), self._episodes, self.family.episode_steps
+        wanted = torch.full((M,), K)
+        taken = torch.zeros(M, dtype=torch.int64)
+        live = torch.zeros(M, dtype=torch.int64)
+        waves = []
+        while bool((wanted > 0).any()):
+            wave = self._rollout(params, tasks, seeds, taken, wanted, offset)
+            waves.append(wave)
+            gained = wave.live_steps.cpu()
+            stuck = (wanted > 0) & (gained == 0)
+            if bool(stuck.any()):
+                task = int(stuck.nonzero()[0])
+                raise SamplingError(
+                    f"task {offset + task} (seed {seeds[task]}): the simulation diverged at the "
+                    "first step of every episode"
+                )
+            taken += wanted
+            live += gained
+            if self._count == "episodes":
+                break
+            # As many more as the mean length so far says, but never more than fit at once.
+            missing = (K * H - live).clamp(min=0)
+            needed = torch.ceil(missing * taken / live).long()
+            wanted = needed.clamp(max=K)
+        return join_waves(waves)
+
+    def _rollout(
+        self,
+        params: Params,
+        tasks: Tensor,
+        seeds: Seeds,
+        taken: Tensor,
+        wanted: Tensor,
+        offset: int,
+    ) -> Episodes:
+        """Run the next `wanted` (M,) of K slots of each task for one episode, all in lockstep.
+
+        Products always have K rows a task, used or not, so that a task's bits depend on neither
+        the other tasks nor on how many episodes are still wanted.
+        """
+        M, K, H = len(tasks), self._episodes, self.family.episode_steps
+        width, A = len(self.family.observation_columns), self.policy.action_size
+        Q = len(self.family.measure_columns)
+        running = (torch.arange(K) < wanted.unsqueeze(1)).flatten()
+        starts, noise = self._draw(seeds, taken, running.reshape(M, K))
+        out = Episodes(
+            observations=torch.zeros(M, K, H, width),
+            actions=torch.zeros(M, K, H, A),
+            rewards=torch.zeros(M, K, H),
+            alive=torch.zeros(M, K, H, dtype=torch.bool),
+            log_probs=torch.zeros(M, K, H),
+            measures=torch.zeros(M, K, H, Q),
+            diverged=torch.zeros(M, K, dtype=torch.bool),
+        )
+        device = next(iter(params.values())).device
+        noise = noise.to(device)
+        middle, half = self._middle.to(device), self._half.to(device)
+        std = torch.exp(log_std(params)).unsqueeze(1)
+        spare = self._worlds.count - M * K
+
+        def widen(values: Tensor) -> Tensor:
+            """Add rows for worlds that a batch of fewer tasks leaves idle."""
+            return (
+                values
+                if spare == 0
+                else torch.cat([values, values.new_zeros(spare, *values.shape[1:])])
+            )
+
+        world_tasks = widen(tasks.cpu().repeat_interleave(K, 0))
+        padded_starts = np.concatenate([starts, np.zeros((spare, starts.shape[1]))])
+        where = widen(running)
+        observations = self._worlds.reset(world_tasks, padded_starts, where)[: M * K]
+        for t in range(H):
+            rows_now = observations.reshape(M, K, width)
+            means = self.policy.network.of_tasks(params, rows_now.to(device))
+            actions = means + std * noise[:, :, t]
+            if not bool(torch.isfinite(actions).all()):
+                self._refuse_actions(actions.cpu(), where[: M * K].reshape(M, K), seeds, offset, t)
+            out.observations[:, :, t] = rows_now
+            out.actions[:, :, t] = actions.to("cpu")
+            everyone = bool(where.all())
+            controls = (middle + half * actions).reshape(M * K, A).to("cpu")
+            step = self._worlds.step(widen(controls), None if everyone else where)
+            good = where & ~step.diverged
+            out.rewards[:, :, t] = step.rewards[: M * K].reshape(M, K)
+            out.alive[:, :, t] = good[: M * K].reshape(M, K)
+            out.measures[:, :, t] = step.measures[: M * K].reshape(M, K, Q)
+            out.diverged.logical_or_((where & step.diverged)[: M * K].reshape(M, K))
+            where = good & ~step.terminated
+            observations = step.observations[: M * K]
+            if not everyone and not bool(where.any()):
+                break
+        # log N(a; mean, std) with a = mean + std noise.
+        constant = 0.5 * math.log(2.0 * math.pi)
+        logs = log_std(params).cpu()[:, None, None]
+        out.log_probs.copy_((-0.5 * noise.cpu().square() - logs - constant).sum(-1))
+        if device.type == "cpu":
+            return out
+        return Episodes(**{name: value.to(device) for name, value in vars(out).items()})
+
+    def _draw(
+        self, seeds: Seeds, taken: Tensor, used: Tensor
+    ) -> tuple[npt.NDArray[np.float64], Tensor]:
+        """Draw starts (M K, S) and action noise (M, K, H, A), each episode's from its index."""
+        M, K = used.shape
+        H, A = self.family.episode_steps, self.policy.action_size
+        noise = np.zeros((M, K, H, A), np.float32)
+        starts: list[npt.NDArray[np.float64]] = []
+        for task in range(M):
+            for slot in range(K):
+                index = int(taken[task]) + slot
+                rng = np.random.Generator(np.random.Philox(key=[int(seeds[task]), index]))
+                starts.append(self.family.draw_start(rng))
+                if used[task, slot]:
+                    rng.standard_normal(dtype=np.float32, out=noise[task, slot])
+        return np.stack(starts), torch.from_numpy(noise)
+
+    def _refuse_actions(
+        self, actions: Tensor, running: Tensor, seeds: Seeds, offset: int, t: int
+    ) -> None:
+        bad = (~torch.isfinite(actions).all(-1)) & running
+        if not bool(bad.any()):
+            return
+        task = int(bad.nonzero()[0][0])
+        raise SamplingError(
+            f"the policy's action is not finite: task {offset + task} (seed {seeds[task]}), "
+            f"control step {t}"
+        )
+
+    def close(self) -> None:
+        """Release the worlds."""
+        self._worlds.close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def join_waves(waves: Sequence[Episodes]) -> Episodes:
+    """Join episodes of the same tasks along the episode axis."""
+    if len(waves) == 1:
+        return waves[0]
+    names = vars(waves[0])
+    return Episodes(**{n: torch.cat([getattr(w, n) for w in waves], 1) for n in names})
+
+
+def join_episodes(parts: Sequence[Episodes]) -> Episodes:
+    """Join batches of different tasks; a task with fewer episodes gets empty ones."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.alive.shape[1] for part in parts)
+
+    def pad(values: Tensor) -> Tensor:
+        shape = (values.shape[0], longest - values.shape[1], *values.shape[2:])
+        return torch.cat([values, values.new_zeros(shape)], 1)
+
+    names = vars(parts[0])
+    return Episodes(**{n: torch.cat([pad(getattr(p, n)) for p in parts]) for n in names})

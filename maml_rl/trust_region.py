@@ -1,0 +1,161 @@
+"""A trust-region step: conjugate gradient, step length, line search. Knows no RL.
+
+Schulman et al. 2015 (arXiv:1502.05477), appendix C. Minimises a surrogate within a bound on a
+divergence whose Hessian at the present point is given by products with vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionSettings:
+    """The outer step."""
+
+    max_kl: float = 0.01
+    """Largest mean KL divergence from the old adapted policies to the new, nats."""
+    cg_iterations: int = 10
+    """Conjugate gradient iterations, each one Fisher product."""
+    damping: float = 1e-5
+    """Multiple of the identity added to the Fisher matrix."""
+    backtracks: int = 15
+    """Step lengths that the line search tries."""
+    backtrack_ratio: float = 0.8
+    """Each step length over the one before."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise ValueError(f"trust_region.max_kl must be above 0, got {self.max_kl}")
+        if self.cg_iterations < 1:
+            raise ValueError(
+                f"trust_region.cg_iterations must be at least 1, got {self.cg_iterations}"
+            )
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"trust_region.damping must be at least 0, got {self.damping}")
+        if self.backtracks < 1:
+            raise ValueError(f"trust_region.backtracks must be at least 1, got {self.backtracks}")
+        if not 0 < self.backtrack_ratio < 1:
+            raise ValueError(
+                f"trust_region.backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}"
+            )
+
+
+class Objective(Protocol):
+    """What a trust-region step asks for, around one point theta (d,)."""
+
+    def gradient(self) -> Tensor:
+        """Return the surrogate's gradient at theta, (d,)."""
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the divergence's Hessian at theta times `vector` (d,), (d,)."""
+
+    def evaluate(self, candidate: Tensor) -> tuple[float, float]:
+        """Return surrogate and divergence at a candidate (d,)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a step."""
+
+    surrogate_before: float
+    surrogate_after: float
+    """At the accepted point; the old value if the step was refused."""
+    kl: float
+    """From the old point to the accepted one; 0 if the step was refused."""
+    refused_because: str
+    """Empty if the step was accepted."""
+    backtracks: int
+    """Step lengths tried and turned down."""
+    cg_residual: float
+    """|b - A x| / |b| after the last iteration."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters changed."""
+        return not self.refused_because
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor], target: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, bool]:
+    """Solve A x = b for symmetric positive definite A, given by its products.
+
+    Args:
+        product: maps (d,) float64 to A times it.
+        target: b, (d,) float64.
+        iterations: at most so many products; fewer if the residual vanishes.
+
+    Returns:
+        x (d,), the residual b - A x (d,), and whether curvature stayed positive; if it did not,
+        x is what was found before.
+    """
+    x = torch.zeros_like(target)
+    residual = target.clone()
+    direction = target.clone()
+    squared = residual.dot(residual)
+    for _ in range(iterations):
+        if float(squared) <= 1e-20 * float(target.dot(target)):
+            break
+        image = product(direction)
+        curvature = direction.dot(image)
+        if not float(curvature) > 0:
+            return x, residual, False
+        length = squared / curvature
+        x = x + length * direction
+        residual = residual - length * image
+        previous, squared = squared, residual.dot(residual)
+        direction = residual + (squared / previous) * direction
+    return x, residual, True
+
+
+def trust_region_step(
+    objective: Objective, theta: Tensor, settings: TrustRegionSettings
+) -> tuple[Tensor, Report]:
+    """Step from theta (d,) along the natural gradient as far as the divergence allows.
+
+    Accepts only a point where the surrogate falls and the divergence is at most `max_kl`.
+    Otherwise the very same theta comes back, and the report says why.
+    """
+    before, _ = objective.evaluate(theta)
+
+    def refused(reason: str, backtracks: int = 0, residual: float = math.nan) -> Report:
+        return Report(before, before, 0.0, reason, backtracks, residual)
+
+    gradient = objective.gradient().double()
+    if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
+        return theta, refused("surrogate or gradient not finite")
+    norm = float(gradient.norm())
+    if norm == 0.0:
+        return theta, refused("gradient is zero")
+
+    def damped(vector: Tensor) -> Tensor:
+        return objective.product(vector.to(theta.dtype)).double() + settings.damping * vector
+
+    step, rest, positive = conjugate_gradient(damped, -gradient, settings.cg_iterations)
+    residual = float(rest.norm()) / norm
+    if not positive:
+        return theta, refused("curvature not positive", residual=residual)
+    # s'As costs no further product: A s = b - residual.
+    curvature = float(step.dot(-gradient - rest))
+    if not (math.isfinite(curvature) and curvature > 0):
+        return theta, refused("step not finite", residual=residual)
+    full = math.sqrt(2.0 * settings.max_kl / curvature) * step
+
+    surrogate, kl = math.nan, math.nan
+    for tried in range(settings.backtracks):
+        candidate = theta + (settings.backtrack_ratio**tried * full).to(theta.dtype)
+        surrogate, kl = objective.evaluate(candidate)
+        if surrogate < before and kl <= settings.max_kl:
+            return candidate, Report(before, surrogate, kl, "", tried, residual)
+    reason = "KL too large" if surrogate < before else "surrogate did not fall"
+    if not (math.isfinite(surrogate) and math.isfinite(kl)):
+        reason = "surrogate or KL not finite"
+    return theta, refused(reason, settings.backtracks, residual)
