@@ -1,6 +1,7 @@
 """What is learned: task families, each a distribution over tasks on one body.
 
 family = envs.make("half_cheetah_dir", protocol="gymnasium")
+environment = gymnasium.make("MamlRL/HalfCheetahDir-v0", protocol="gymnasium")
 """
 
 from __future__ import annotations
@@ -8,27 +9,45 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
+import gymnasium
+
 from envs.ant import AntDir, AntVel
 from envs.family import Column, FamilyError, TaskFamily, Transition, Worlds
+from envs.gymnasium_family import GymnasiumFamily, from_gymnasium
 from envs.half_cheetah import HalfCheetahDir, HalfCheetahVel
 from envs.navigation import Navigation2D
+from envs.references import allow_imports, resolve
 
 FAMILIES: dict[str, type[TaskFamily]] = {
     family.name: family for family in (Navigation2D, HalfCheetahVel, HalfCheetahDir, AntVel, AntDir)
 }
 """Every family that ships, by name."""
 
+for _family in FAMILIES.values():
+    gymnasium.register(
+        f"MamlRL/{_family.__name__}-v0",
+        entry_point="envs.gymnasium_env:FamilyEnv",
+        vector_entry_point="envs.gymnasium_env:FamilyVectorEnv",
+        kwargs={"family": _family.name},
+    )
+
 
 def family_class(name: str) -> type[TaskFamily]:
-    """Return the family of that name.
+    """Return the family of that name: one that ships, "gymnasium", or "package.module:Class".
 
     Raises:
-        FamilyError: if there is none, naming the nearest.
+        FamilyError: if there is none, naming the nearest, or it may not be imported.
     """
-    if name in FAMILIES:
-        return FAMILIES[name]
-    near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FAMILIES)}"
+    known = FAMILIES | {GymnasiumFamily.name: GymnasiumFamily}
+    if name in known:
+        return known[name]
+    if ":" in name:
+        found = resolve(name)
+        if not (isinstance(found, type) and issubclass(found, TaskFamily)):
+            raise FamilyError(f"{name} is not a subclass of envs.TaskFamily")
+        return found
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
     raise FamilyError(f"no task family is called {name!r}: {hint}")
 
 
@@ -54,12 +73,15 @@ __all__ = [
     "AntVel",
     "Column",
     "FamilyError",
+    "GymnasiumFamily",
     "HalfCheetahDir",
     "HalfCheetahVel",
     "Navigation2D",
     "TaskFamily",
     "Transition",
     "Worlds",
+    "allow_imports",
     "family_class",
+    "from_gymnasium",
     "make",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import mujoco
 import numpy as np
 import torch
 from torch import Tensor
 
-from envs.family import Column, FamilyError, Floats, check_range, decided
+from envs.family import Column, FamilyError, Floats, check_choice, check_range, decided
 from envs.locomotion import (
     AXES,
     CENTER_OF_MASS,
@@ -23,6 +23,8 @@ from envs.locomotion import (
     load_asset,
 )
 from envs.physics import CpuPhysics
+
+Contact = Literal["soft", "file"]
 
 POSITION_JOINTS = tuple(f"{j}_{i}" for i in (1, 2, 3, 4) for j in ("hip", "ankle"))
 MOTORS = tuple(f"{j}_{i}" for i in (4, 1, 2, 3) for j in ("hip", "ankle"))
@@ -94,7 +96,7 @@ class Ant(LocomotionFamily):
     """Highest height of the torso, m."""
     start_pose: Literal["qpos0", "init_qpos"] | None = None
     """Pose before reset noise."""
-    contact: Literal["soft", "file"] | None = None
+    contact: Contact | None = None
     """Contact of all geoms: the softer one below, as in the paper's model, or the file's."""
     soft_solref: tuple[float, float] = (0.02, 1.0)
     """MuJoCo's solref (time constant in s, damping ratio) of the soft contact."""
@@ -135,7 +137,14 @@ class Ant(LocomotionFamily):
         check_range(self.name, "z_high", self.z_high)
         if self.z_low >= self.z_high:
             raise FamilyError(f"{self.name}: z_low {self.z_low} is not below z_high {self.z_high}")
+        for name, size in (("soft_solref", 2), ("soft_solimp", 3)):
+            numbers = getattr(self, name)
+            if len(numbers) != size or not np.isfinite(numbers).all():
+                raise FamilyError(f"{self.name}: {name} must be {size} numbers, got {numbers!r}")
         super().__post_init__()
+        # The protocol has now decided these two.
+        check_choice(self.name, "start_pose", decided(self.start_pose), START_POSES)
+        check_choice(self.name, "contact", decided(self.contact), get_args(Contact))
 
     @property
     def observation_columns(self) -> tuple[Column, ...]:
@@ -203,7 +212,7 @@ class Ant(LocomotionFamily):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntVel(SpeedGoal, Ant):
+class AntVel(Ant, SpeedGoal):
     """Walk at a wanted speed: reward 1 - abs(v - v*) - .005 sum a^2 + .05, v* ~ U[0, 3] m/s.
 
     Task 0: wanted x velocity v*, m/s. Observation, action, ending: see `Ant`.
@@ -228,7 +237,7 @@ class AntVel(SpeedGoal, Ant):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntDir(DirectionGoal, Ant):
+class AntDir(Ant, DirectionGoal):
     """Walk forward or backward: reward d v - .005 sum a^2 + .05, with d -1 or +1.
 
     Task 0: direction d, -1 backward or +1 forward. Observation, action, ending: see `Ant`.

@@ -7,7 +7,9 @@ in lockstep, each with a task of its own. Nothing here knows of policies.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, TypeVar
@@ -69,7 +71,23 @@ def check_range(
     """Raise FamilyError unless low <= value <= high and the value is finite."""
     if not (np.isfinite(value) and low <= value <= high):
         wanted = f"at least {low:g}" if high == np.inf else f"between {low:g} and {high:g}"
+        wanted = "finite" if low == -np.inf else wanted
         raise FamilyError(f"{owner}: {name} must be {wanted}, got {value}")
+
+
+def check_count(owner: str, name: str, value: int, low: int) -> None:
+    """Raise FamilyError unless the value is a whole number of at least `low`."""
+    if not isinstance(value, int) or value < low:
+        raise FamilyError(f"{owner}: {name} must be a whole number from {low} on, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise FamilyError unless the value is one of `choices`."""
+    known = list(choices)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise FamilyError(f"{owner}: {name} must be one of {', '.join(known)}, got {value!r}{hint}")
 
 
 class Worlds(ABC):
@@ -133,7 +151,7 @@ class TaskFamily(ABC):
 
     def __post_init__(self) -> None:
         """Check what every family shares; subclasses call this last."""
-        check_range(self.name, "horizon", decided(self.horizon), 1)
+        check_count(self.name, "horizon", decided(self.horizon), 1)
 
     @property
     @abstractmethod

@@ -152,7 +152,7 @@ class HalfCheetah(LocomotionFamily):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfCheetahVel(SpeedGoal, HalfCheetah):
+class HalfCheetahVel(HalfCheetah, SpeedGoal):
     """Run at a wanted speed: reward -abs(v - v*) - .05 sum a^2, with v* ~ U[0, 2] m/s.
 
     Task 0: wanted x velocity v*, m/s. Observation, action: see `HalfCheetah`.
@@ -169,7 +169,7 @@ class HalfCheetahVel(SpeedGoal, HalfCheetah):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfCheetahDir(DirectionGoal, HalfCheetah):
+class HalfCheetahDir(HalfCheetah, DirectionGoal):
     """Run forward or backward as fast as possible: reward d v - .05 sum a^2, with d -1 or +1.
 
     Task 0: direction d, -1 backward or +1 forward. Observation, action: see `HalfCheetah`.

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import mujoco
 import numpy as np
@@ -19,7 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import Column, Floats, TaskFamily, Transition, Worlds, check_range, decided
+from envs.family import (
+    Column,
+    Floats,
+    TaskFamily,
+    Transition,
+    Worlds,
+    check_choice,
+    check_count,
+    check_range,
+    decided,
+)
 from envs.physics import CpuPhysics
 
 Protocol = Literal["paper", "gymnasium"]
@@ -113,19 +123,19 @@ class LocomotionFamily(TaskFamily):
 
     def __post_init__(self) -> None:
         """Fill what the protocol decides, then check ranges."""
-        if self.protocol not in self.protocols:
-            raise ValueError(
-                f"{self.name}: protocol must be one of {', '.join(self.protocols)}, "
-                f"got {self.protocol!r}"
-            )
+        check_choice(self.name, "protocol", self.protocol, self.protocols)
         for field, value in self.protocols[self.protocol].items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
-        check_range(self.name, "frame_skip", decided(self.frame_skip), 1)
+        check_count(self.name, "frame_skip", decided(self.frame_skip), 1)
         check_range(self.name, "timestep", decided(self.timestep), 1e-5, 0.1)
         check_range(self.name, "position_noise", decided(self.position_noise), 0)
         check_range(self.name, "velocity_noise", decided(self.velocity_noise), 0)
         check_range(self.name, "control_cost", self.control_cost, 0)
+        check_choice(self.name, "velocity_of", decided(self.velocity_of), VELOCITIES)
+        check_choice(self.name, "observation", decided(self.observation), self.protocols)
+        shape = decided(self.position_noise_shape)
+        check_choice(self.name, "position_noise_shape", shape, get_args(NoiseShape))
         super().__post_init__()
 
     @property
@@ -188,7 +198,10 @@ class LocomotionFamily(TaskFamily):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedGoal(LocomotionFamily):
-    """The task half of a family that is asked for a speed along x. Task 0: wanted speed, m/s."""
+    """The task half of a family that is asked for a speed along x. Task 0: wanted speed, m/s.
+
+    Name the body first, `class MyVel(MyBody, SpeedGoal)`, so that the body's defaults hold.
+    """
 
     speed_low: float = 0.0
     """Slowest wanted speed, m/s."""
@@ -214,7 +227,10 @@ DIRECTION_WORDS = {-1.0: "backward", 1.0: "forward"}
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionGoal(LocomotionFamily):
-    """The task half of a family that is asked for a direction. Task 0: -1 backward, +1 forward."""
+    """The task half of a family that is asked for a direction. Task 0: -1 backward, +1 forward.
+
+    Name the body first, `class MyDir(MyBody, DirectionGoal)`, so that the body's defaults hold.
+    """
 
     task_columns: ClassVar[tuple[Column, ...]] = (
         Column("direction", "sign", "-1 backward, +1 forward"),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 
 import mujoco
-import numpy as np
 import torch
 from torch import Tensor
+
+from envs.family import as_mask
 
 try:
     from mujoco.batch import Batch, SimulationError
@@ -50,9 +51,9 @@ class CpuPhysics:
         self.qvel = torch.from_numpy(self._batch.bind("qvel"))
         self._ctrl = torch.from_numpy(self._batch.bind("ctrl"))
         self.diverged = torch.zeros(count, dtype=torch.bool)
-        # (N, kinds of warning): how often each was raised; the other entry is where.
+        # (N, kinds of warning): how often each was raised; the other entry is where. MuJoCo zeroes
+        # them whenever it resets a world, so they are read and zeroed here, never compared.
         self._warnings = self._batch.warning[:, :, 1]
-        self._seen = self._warnings.copy()
         with warnings.catch_warnings():
             # Derived fields are read-only in NumPy, and torch has no such notion. None is written.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -69,8 +70,17 @@ class CpuPhysics:
         start = int(sensor.adr[0])
         return self._sensors[:, start : start + int(sensor.dim[0])]
 
+    def data(self, world: int) -> mujoco.MjData:
+        """Return a copy of one world with its derived fields computed, for drawing it."""
+        data = self._batch.get_data(world)
+        mujoco.mj_forward(self.model, data)
+        return data
+
     def set_state(self, qpos: Tensor, qvel: Tensor, where: Tensor | None = None) -> None:
-        """Set positions (N, nq) and velocities (N, nv), and forget solver state and warnings."""
+        """Set positions (N, nq) and velocities (N, nv), and forget solver state and warnings.
+
+        A state that MuJoCo cannot take counts as diverged in the next step.
+        """
         mask = None if where is None else where.numpy()
         self._batch.reset(mask, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         if where is None:
@@ -79,25 +89,24 @@ class CpuPhysics:
         else:
             self.qpos[where] = qpos[where]
             self.qvel[where] = qvel[where]
+        self._warnings[slice(None) if mask is None else mask] = 0
         if self._stage:
             self._batch.forward(mask, stage=self._stage)
-        rows = slice(None) if mask is None else mask
-        self._seen[rows] = self._warnings[rows]
-        self.diverged[rows] = False
+        # A new tensor: the old one may be in a caller's hands.
+        self.diverged = self.diverged & ~as_mask(where, self.count)
 
     def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
         """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""
         self._ctrl.copy_(ctrl)
+        mask = None if where is None else where.numpy()
         failed = None
         try:
-            self._batch.step(
-                None if where is None else where.numpy(), nstep=substeps, stage=self._stage
-            )
+            self._batch.step(mask, nstep=substeps, stage=self._stage)
         except SimulationError as error:
             failed = error.ids
-        warned = (self._warnings != self._seen).any(axis=1)
-        np.copyto(self._seen, self._warnings)
+        warned = torch.from_numpy(self._warnings.any(axis=1))
+        self._warnings[slice(None) if mask is None else mask] = 0
         finite = torch.isfinite(self.qpos).all(1) & torch.isfinite(self.qvel).all(1)
-        self.diverged = torch.from_numpy(warned) | ~finite
+        self.diverged = (warned | ~finite) & as_mask(where, self.count)
         if failed is not None:
             self.diverged[torch.from_numpy(failed)] = True

@@ -1,0 +1,25 @@
+"""The command `maml-rl`, also `python -m maml_rl`: keeps failures of the installation readable."""
+
+from __future__ import annotations
+
+import sys
+
+import maml_rl
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"maml-rl {maml_rl.__version__}")
+        return
+    try:
+        maml_rl.check_envs()
+        from maml_rl.cli import run
+    except ImportError as error:
+        print(f"maml-rl: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Held-out evaluation: return against gradient steps, by the paper's test protocol.
+
+The test tasks and their episodes' randomness are the same for every run, method and seed, and are
+drawn from a stream of seeds that training never uses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.family import TaskFamily
+from maml_rl.adapt import Params, broadcast
+from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.episodes import Episodes, pack
+from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks
+from maml_rl.policy import GaussianPolicy
+from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_generator, task_seeds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How a policy is tested."""
+
+    tasks: int = 40
+    """Test tasks. A family with finitely many uses each equally often."""
+    episodes: int = 20
+    """Episodes for every figure and every update."""
+    steps: int = 3
+    """Gradient steps to each task."""
+    later_step_scale: float = 0.5
+    """Step size over alpha, after the first max(1, inner_steps) updates."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("tasks", 1), ("episodes", 1), ("steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"evaluation.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if not 0 < self.later_step_scale < math.inf:
+            raise ValueError(
+                f"evaluation.later_step_scale must be above 0, got {self.later_step_scale}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns of T tasks after 0, 1, ... n gradient steps."""
+
+    tasks: npt.NDArray[np.float32]
+    """(T, P)."""
+    returns: npt.NDArray[np.float64]
+    """(n + 1, T): mean undiscounted return over a task's episodes."""
+    return_sds: npt.NDArray[np.float64]
+    """(n + 1, T): their standard deviation."""
+    measures: npt.NDArray[np.float64]
+    """(n + 1, T, Q): the family's measures the wanted way, mean over live steps."""
+    episodes: int
+    """Episodes behind every return."""
+
+    def groups(self, family: TaskFamily) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+        """Yield each task of a finite family in words, with the mask (T,) of its repetitions."""
+        finite = family.finite_tasks
+        for task in [] if finite is None else finite:
+            yield family.describe_task(task), (self.tasks == task).all(axis=1)
+
+    def half_width(self, family: TaskFamily, step: int) -> float:
+        """Return half the 95 % interval of the mean return after `step` gradient steps.
+
+        Over tasks; where the family has finitely many, over repetitions within each task.
+        """
+        values = self.returns[step]
+        masks = [mask for _, mask in self.groups(family) if mask.any()]
+        masks = masks or [np.ones(len(values), bool)]
+        if any(mask.sum() < 2 for mask in masks):
+            return math.nan
+        variance = sum(values[mask].var(ddof=1) * mask.sum() for mask in masks)
+        return 1.96 * math.sqrt(float(variance)) / len(values)
+
+
+def make_test_tasks(family: TaskFamily, count: int) -> npt.NDArray[np.float32]:
+    """Return the test tasks (count, P): always the same, and never drawn in training.
+
+    A family with finitely many tasks uses each equally often, so `count` is rounded up.
+    """
+    finite = family.finite_tasks
+    if finite is not None:
+        return np.tile(finite, (-(-count // len(finite)), 1))
+    return family.sample_tasks(count, task_generator(TEST, TEST_SEED, 0))
+
+
+def step_sizes(adaptation: AdaptationSettings, settings: EvaluationSettings) -> list[float]:
+    """Return the step size of each test update: alpha, then a fraction of it."""
+    first = max(1, adaptation.inner_steps)
+    return [
+        adaptation.step_size * (1.0 if k < first else settings.later_step_scale)
+        for k in range(settings.steps)
+    ]
+
+
+def adapt_to_tasks(
+    policy: GaussianPolicy,
+    theta: Params,
+    sampler: Sampler,
+    tasks: npt.NDArray[np.float32],
+    *,
+    adaptation: AdaptationSettings,
+    advantages: AdvantageSettings,
+    sizes: list[float],
+    stream: int,
+    seed: int,
+    chunks: Chunks,
+    last: bool,
+) -> Iterator[tuple[Params, Episodes | None]]:
+    """Yield parameters (T, ...) and episodes after 0, 1, ... gradient steps to T tasks.
+
+    The episodes that come with step k are those that update k + 1 learns from.
+
+    Args:
+        policy: the policy.
+        theta: its initial parameters (...).
+        sampler: samples the tasks' family.
+        tasks: (T, P).
+        adaptation: inner loss.
+        advantages: discount and lambda.
+        sizes: step size of each update.
+        stream: TRAINING or TEST.
+        seed: of the episodes.
+        chunks: how tasks are divided.
+        last: whether to sample after the last update too; if not, its episodes are None.
+    """
+    params = broadcast(theta, len(tasks))
+    where = torch.from_numpy(tasks)
+    for step in range(len(sizes) + 1):
+        if step == len(sizes) and not last:
+            yield params, None
+            return
+        episodes = sampler.sample(params, where, task_seeds(stream, seed, 0, step, len(tasks)))
+        yield params, episodes
+        if step < len(sizes):
+            estimated, _ = estimate_advantages(episodes, advantages)
+            inner = adaptation.inner_step(policy, sizes[step])
+            params = adapt_in_chunks(inner, params, pack(episodes, estimated), chunks)
+
+
+def evaluate(
+    policy: GaussianPolicy,
+    theta: Params,
+    family: TaskFamily,
+    *,
+    settings: EvaluationSettings,
+    adaptation: AdaptationSettings,
+    advantages: AdvantageSettings,
+    action_scale: float,
+    threads: int = 0,
+    tasks: npt.NDArray[np.float32] | None = None,
+) -> Evaluation:
+    """Measure returns after 0 to `settings.steps` gradient steps, stochastic policy.
+
+    Args:
+        policy: the policy.
+        theta: its meta-trained parameters.
+        family: what it is tested on.
+        settings: how many tasks, episodes and steps.
+        adaptation: alpha and the inner loss.
+        advantages: discount and lambda.
+        action_scale: the policy's action that is the bound.
+        threads: of physics and updates; 0 is one a core.
+        tasks: (T, P) to use in place of the test tasks.
+    """
+    chosen = make_test_tasks(family, settings.tasks) if tasks is None else tasks
+    chunks = Chunks(threads, 1 if next(iter(theta.values())).device.type == "cpu" else 0)
+    wanted = torch.from_numpy(chosen)
+    returns, sds, measures = [], [], []
+    with Sampler(
+        family,
+        policy,
+        tasks=len(chosen),
+        episodes=settings.episodes,
+        action_scale=action_scale,
+        threads=threads,
+    ) as sampler:
+        for _, episodes in adapt_to_tasks(
+            policy,
+            theta,
+            sampler,
+            chosen,
+            adaptation=adaptation,
+            advantages=advantages,
+            sizes=step_sizes(adaptation, settings),
+            stream=TEST,
+            seed=TEST_SEED,
+            chunks=chunks,
+            last=True,
+        ):
+            assert episodes is not None  # last=True
+            each = episodes.returns().double().cpu()
+            returns.append(episodes.mean_returns().double().cpu().numpy())
+            sds.append(np.nanstd(each.numpy(), axis=1))
+            means: Tensor = episodes.mean_measures().cpu()
+            measures.append(family.wanted_measures(means, wanted).double().numpy())
+    chunks.close()
+    return Evaluation(
+        chosen, np.stack(returns), np.stack(sds), np.stack(measures), settings.episodes
+    )
