@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -30,7 +30,7 @@ import envs
 from envs import TaskFamily
 from envs.references import allow_imports
 from maml_rl import config, speed
-from maml_rl.config import Experiment, ExperimentField, InputError, experiment_words
+from maml_rl.config import Experiment, InputError, experiment_words
 from maml_rl.evaluate import Evaluation
 from maml_rl.runs import Row, RunFolder, check_device
 from maml_rl.train import RunStopped, Watcher, evaluate_policy, resume, train
@@ -282,18 +282,20 @@ def train_command(words: Sequence[str], console: Console) -> None:
     with Importing(allowed):
         family, arguments = experiment_words(config.find_experiment(target), flags, ignored=ours)
 
-        # The family decides the flags, so the command's arguments are put together here.
-        arguments_class: type[object] = dataclasses.make_dataclass(
+        # The family decides the flags, so the command's arguments are put together here; what
+        # they are no static type can say, hence Any.
+        settings = config.experiment_type(family, tyro.conf.arg(name=""))
+        arguments_class: type[Any] = dataclasses.make_dataclass(
             "TrainCommand",
             [
-                ("experiment", ExperimentField[family]),  # type: ignore[valid-type]
+                ("experiment", settings),
                 ("options", Annotated[TrainOptions, tyro.conf.arg(name="")]),
             ],
             frozen=True,
         )
         parsed = config.parse_with_tyro(arguments_class, arguments, f"maml-rl train {target}")
-        experiment: Experiment[TaskFamily] = getattr(parsed, "experiment")
-        options: TrainOptions = getattr(parsed, "options")
+        experiment: Experiment[TaskFamily] = parsed.experiment
+        options: TrainOptions = parsed.options
         check_device(experiment.device)
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)

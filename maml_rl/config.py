@@ -76,8 +76,11 @@ class Experiment(Generic[F]):
             )
 
 
-ExperimentField = Annotated[Experiment[F], tyro.conf.FlagConversionOff, tyro.conf.arg(name="")]
-"""An experiment inside a command's arguments: its flags carry no prefix."""
+def experiment_type(family: type[TaskFamily], *marks: object) -> type[Experiment[TaskFamily]]:
+    """Return the experiment's type for a family that is known only now, annotated for tyro."""
+    marked = (Experiment[family], tyro.conf.FlagConversionOff, *marks)  # type: ignore[valid-type]
+    result: type[Experiment[TaskFamily]] = Annotated.__class_getitem__(marked)  # type: ignore[attr-defined]
+    return result
 
 
 def shipped_experiments() -> dict[str, Path]:
@@ -218,6 +221,9 @@ def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:
                 stack.enter_context(contextlib.redirect_stderr(complaint))
                 stack.enter_context(contextlib.redirect_stdout(complaint))
             return tyro.cli(cls, args=list(arguments), prog=prog)
+    except ValueError as error:
+        # From the outermost settings' own checks, which tyro passes on as they are.
+        raise InputError(str(error)) from error
     except SystemExit as stop:
         if wants_help:
             raise
@@ -225,17 +231,19 @@ def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:
 
 
 def plain_sentence(box: str) -> str:
-    """Take the complaint out of one of tyro's boxes."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip().strip("│").strip()
-        if text.startswith("╭"):
-            continue
-        if text.startswith(("─", "╰")):
-            break
-        lines.append(text)
-    sentence = " ".join(lines)
-    return re.sub(r"^Error parsing \S+: (?=\w+(\.\w+)* must|\w+: )", "", sentence)
+    """Take the complaint out of one of tyro's boxes, drawn with lines or with plain hyphens."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.strip().splitlines():
+        text = line.strip("│| ")
+        if re.fullmatch(r"[╭╰].*|[-─]{5,}", text):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    # A box carries its title in the line above; without one the title is a paragraph. Either way
+    # the complaint is the second.
+    complaint = " ".join(paragraphs[1] if len(paragraphs) > 1 else paragraphs[0])
+    # Our own checks name the setting themselves.
+    return re.sub(r"^Error parsing \S+: (?=.* must (all )?be )", "", complaint)
 
 
 def family_from(tree: Mapping[str, object], override: str | None, source: str) -> str:
@@ -290,14 +298,7 @@ def load_experiment(name: str | Path, **overrides: object) -> Experiment[TaskFam
     """
     flags = as_flags({key.replace("__", "."): value for key, value in overrides.items()})
     family, arguments = experiment_words(find_experiment(str(name)), flags)
-    # The family is known only now, which is more than a static type can say.
-    cls = Annotated[Experiment.__class_getitem__(family), tyro.conf.FlagConversionOff]
-    experiment: Experiment[TaskFamily] = parse_with_tyro(
-        cls,  # type: ignore[arg-type]  # tyro takes annotated types, mypy only classes
-        arguments,
-        "maml-rl",
-    )
-    return experiment
+    return parse_with_tyro(experiment_type(family), arguments, "maml-rl")
 
 
 def family_name(family: TaskFamily) -> str:
