@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import mujoco
@@ -36,7 +36,8 @@ Array = npt.NDArray[np.float32]
 Rewards = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Frame = npt.NDArray[np.uint8]
-Info = dict[str, object]
+# Any: as Gymnasium declares it. Values are arrays, bools and, in final_info, a dict of them.
+Info = dict[str, Any]
 
 WIDTH, HEIGHT = 640, 480
 """Pixels of a frame of a body, MuJoCo's default buffer; navigation's is square."""
@@ -105,7 +106,7 @@ class Lockstep:
 
         Each draws from its own generator: its task, unless that is fixed, and then its start.
         """
-        rows = np.flatnonzero(where)
+        rows = np.flatnonzero(where).tolist()
         draws = []
         for row in rows:
             rng = generators[row]
@@ -145,7 +146,7 @@ class Lockstep:
         return Outcome(self.observations, rewards, terminated, truncated, diverged)
 
 
-def spaces(family: TaskFamily) -> tuple[Box, Box]:
+def spaces(family: TaskFamily) -> tuple[Box[np.float32], Box[np.float32]]:
     """Return the observation space, unbounded (O,), and the action space (A,), in its own unit."""
     low, high = (bound.astype(np.float32) for bound in family.action_bounds)
     size = len(family.observation_columns)
@@ -184,13 +185,13 @@ def apply_options(lockstep: Lockstep, options: Mapping[str, object] | None) -> N
         FamilyError: if there is another option, or the task is none of the family.
     """
     given = dict(options or {})
-    if "task" in given:
-        lockstep.fix(given.pop("task"))  # type: ignore[arg-type]  # fix checks it
-    if given:
+    unknown = [repr(name) for name in given if name != "task"]
+    if unknown:
         raise FamilyError(
-            f"{lockstep.family.name}: reset has one option, 'task'; "
-            f"got {', '.join(map(repr, given))}"
+            f"{lockstep.family.name}: reset has one option, 'task'; got {', '.join(unknown)}"
         )
+    if "task" in given:
+        lockstep.fix(given["task"])  # type: ignore[arg-type]  # fix checks it
 
 
 class FamilyEnv(gymnasium.Env[Array, Array]):
@@ -259,7 +260,7 @@ class FamilyEnv(gymnasium.Env[Array, Array]):
             info,
         )
 
-    def render(self) -> Frame | None:  # type: ignore[override]  # Gymnasium's includes Any lists
+    def render(self) -> Frame | None:
         """Return a picture of the present state, (height, width, 3), or None without a mode."""
         if self.render_mode is None:
             return None

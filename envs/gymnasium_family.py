@@ -85,10 +85,11 @@ class GymnasiumFamily(TaskFamily):
         for field in ("make_env", "draw_tasks", "set_task"):
             if not callable(self._function(field)):
                 raise FamilyError(f"{self.name}: {field} {getattr(self, field)} is no function")
+        longest = self._facts.longest
         if self.horizon is None:
-            if self._facts.longest is None:
+            if longest is None:
                 raise FamilyError(f"{self.name}: the environment has no time limit: give horizon")
-            object.__setattr__(self, "horizon", self._facts.longest)
+            object.__setattr__(self, "horizon", longest)
         width = self._draw(2, np.random.default_rng(0)).shape[1]
         for field, default in (
             ("task_names", [f"task_{i}" for i in range(width)]),
@@ -119,7 +120,9 @@ class GymnasiumFamily(TaskFamily):
         """
         env = self._function("make_env")()
         if not isinstance(env, gymnasium.Env):
-            raise FamilyError(f"{self.name}: {self.make_env} must return a gymnasium.Env, got {env}")
+            raise FamilyError(
+                f"{self.name}: {self.make_env} must return a gymnasium.Env, got {env}"
+            )
         return env
 
     def put_task(self, env: AnyEnv, task: npt.NDArray[np.float32]) -> None:
@@ -215,43 +218,44 @@ class GymnasiumWorlds(Worlds):
         if len({id(env.unwrapped) for env in self._envs}) < count:
             raise FamilyError(f"{family.name}: {family.make_env} must make a new one at each call")
         self._bounds = family.action_bounds
-        self._observations = torch.zeros(count, len(family.observation_columns))
-        self._rewards = torch.zeros(count)
-        self._terminated = torch.zeros(count, dtype=torch.bool)
-        self._diverged = torch.zeros(count, dtype=torch.bool)
+        self._space = float_box(self._envs[0].action_space, "action")
+        self._observations = np.zeros((count, len(family.observation_columns)), np.float32)
+        self._rewards = np.zeros(count, np.float32)
+        self._terminated = np.zeros(count, np.bool_)
+        self._diverged = np.zeros(count, np.bool_)
 
     def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
         """Give environments their tasks (N, P) and reset them with their seeds `starts` (N, 1)."""
-        for row in as_mask(where, self.count).nonzero()[:, 0].tolist():
+        mask = as_mask(where, self.count).numpy()
+        for row in np.flatnonzero(mask).tolist():
             env = self._envs[row]
             self.family.put_task(env, tasks[row].numpy().copy())
             observation, _ = env.reset(seed=int(starts[row, 0]))
-            self._observations[row] = flat(observation)
-            self._terminated[row] = self._diverged[row] = False
-        return self._observations.clone()
+            self._observations[row] = np.reshape(observation, -1)
+        self._terminated[mask] = self._diverged[mask] = False
+        return torch.from_numpy(self._observations.copy())
 
     def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
         """Advance environments by one step; actions (N, A) are clipped to the bounds.
 
         One whose episode has ended is not stepped, and its row stays as it was.
         """
-        rows = as_mask(where, self.count) & ~self._terminated & ~self._diverged
-        clipped = np.clip(actions.numpy(), *self._bounds)
-        for row in rows.nonzero()[:, 0].tolist():
-            env = self._envs[row]
-            space = env.action_space
-            action = clipped[row].astype(space.dtype).reshape(space.shape)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            self._observations[row] = flat(observation)
-            self._rewards[row] = float(reward)
-            self._terminated[row] = bool(terminated or truncated)
-            finite = self._observations[row].isfinite().all() & self._rewards[row].isfinite()
-            self._diverged[row] = ~finite
+        rows = as_mask(where, self.count).numpy() & ~self._terminated & ~self._diverged
+        clipped = np.clip(actions.numpy(), *self._bounds).astype(self._space.dtype)
+        shaped = clipped.reshape(self.count, *self._space.shape)
+        for row in np.flatnonzero(rows).tolist():
+            observation, reward, terminated, truncated, _ = self._envs[row].step(shaped[row])
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite: diverged
+                self._observations[row] = np.reshape(observation, -1)
+                self._rewards[row] = reward
+            self._terminated[row] = terminated or truncated
+        finite = np.isfinite(self._observations).all(1) & np.isfinite(self._rewards)
+        self._diverged |= rows & ~finite
         return Transition(
-            observations=self._observations.clone(),
-            rewards=self._rewards.clone(),
-            terminated=self._terminated.clone(),
-            diverged=self._diverged.clone(),
+            observations=torch.from_numpy(self._observations.copy()),
+            rewards=torch.from_numpy(self._rewards.copy()),
+            terminated=torch.from_numpy(self._terminated.copy()),
+            diverged=torch.from_numpy(self._diverged.copy()),
             measures=torch.zeros(self.count, 0),
         )
 
@@ -259,11 +263,6 @@ class GymnasiumWorlds(Worlds):
         """Close the environments."""
         for env in self._envs:
             env.close()
-
-
-def flat(observation: npt.ArrayLike) -> Tensor:
-    """Return an observation as (O,) float32; what does not fit is infinite, without a warning."""
-    return torch.from_numpy(np.array(observation, np.float64).reshape(-1)).float()
 
 
 def from_gymnasium(

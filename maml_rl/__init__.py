@@ -3,7 +3,7 @@
 import maml_rl
 
 experiment = maml_rl.load_experiment("quickstart", iterations=3)
-policy = maml_rl.train(experiment)
+policy = maml_rl.meta_train(experiment)
 adapted = policy.adapt(experiment.family, task=[1.0], steps=1)
 action = adapted.act(observation)
 """
@@ -18,23 +18,20 @@ from typing import TYPE_CHECKING
 from maml_rl._version import __version__
 
 if TYPE_CHECKING:
-    from maml_rl.adapt import adapt
     from maml_rl.config import Experiment, InputError, load_experiment
-    from maml_rl.evaluate import Evaluation, evaluate
-    from maml_rl.train import RunStopped, evaluate_policy, resume, train
+    from maml_rl.evaluate import Evaluation
+    from maml_rl.train import RunStopped, evaluate_policy, meta_train, resume
     from maml_rl.trained import TrainedPolicy, load, new_policy
 
 HOMES = {
-    "adapt": "adapt",
     "Experiment": "config",
     "InputError": "config",
     "load_experiment": "config",
     "Evaluation": "evaluate",
-    "evaluate": "evaluate",
     "RunStopped": "train",
     "evaluate_policy": "train",
     "resume": "train",
-    "train": "train",
+    "meta_train": "train",
     "TrainedPolicy": "trained",
     "load": "trained",
     "new_policy": "trained",
@@ -48,14 +45,12 @@ __all__ = [
     "RunStopped",
     "TrainedPolicy",
     "__version__",
-    "adapt",
-    "evaluate",
     "evaluate_policy",
     "load",
     "load_experiment",
+    "meta_train",
     "new_policy",
     "resume",
-    "train",
 ]
 
 
@@ -76,7 +71,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'maml_rl' has no attribute {name!r}")
     check_envs()
     value = getattr(importlib.import_module(f"maml_rl.{HOMES[name]}"), name)
-    # `maml_rl.train` and its like are the functions, not the modules they come from.
     globals()[name] = value
     return value
 

@@ -73,6 +73,6 @@ def unflatten(vector: Tensor, like: Params) -> Params:
     params, start = {}, 0
     for name, p in like.items():
         size = p.numel()
-        params[name] = vector[..., start : start + size].reshape(*vector.shape[:-1], *p.shape)
+        params[name] = vector[..., start : start + size].reshape((*vector.shape[:-1], *p.shape))
         start += size
     return params

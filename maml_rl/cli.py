@@ -33,7 +33,7 @@ from maml_rl import config, speed
 from maml_rl.config import Experiment, InputError, experiment_words
 from maml_rl.evaluate import Evaluation
 from maml_rl.runs import Row, RunFolder, check_device
-from maml_rl.train import RunStopped, Watcher, evaluate_policy, resume, train
+from maml_rl.train import RunStopped, Watcher, evaluate_policy, meta_train, resume
 from maml_rl.trained import TrainedPolicy, load
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -299,11 +299,13 @@ def train_command(words: Sequence[str], console: Console) -> None:
         check_device(experiment.device)
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)
+        if options.init is not None:
+            RunFolder.open(options.init)
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
         with watching(console, options.quiet) as watch:
             try:
-                trained = train(experiment, out=path, init=options.init, watch=watch)
+                trained = meta_train(experiment, out=path, init=options.init, watch=watch)
             except RunStopped as stopped:
                 raise with_resume_line(stopped, path) from stopped
         report_evaluation(console, trained, RunFolder.open(path), None, options.quiet)

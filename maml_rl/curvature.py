@@ -235,12 +235,15 @@ class MlpHessian:
         self._head = (means, raw)
         self._slope = torch.autograd.grad(value, self._head, create_graph=True)
         _, self._deltas = self._net.backward(self._slope[0].detach())
-        # tanh'' = -2 a (1 - a^2), so slope'' times backward signal is -2 a delta; relu'' is 0.
+        # tanh's slope 1 - a^2 changes by -2 a da, which multiplies the backward signal. relu's
+        # slope does not change.
+        net = self._net
         self._bends = (
             []
-            if self._net.relu
+            if net.relu
             else [
-                -2.0 * a * d for a, d in zip(self._net.inputs[1:], self._deltas[:-1], strict=True)
+                -2.0 * net.inputs[i] * torch.bmm(self._deltas[i], net.weights[i].mT)
+                for i in range(1, net.layers)
             ]
         )
 
@@ -292,7 +295,7 @@ class MlpLinearisation:
         )
         self._net = MlpTangents(network, points[-1], outer.observations)
         raw = points[-1][LOG_STD]
-        self._free = (raw > MIN_LOG_STD).to(raw.dtype)
+        self._free = (raw >= MIN_LOG_STD).to(raw.dtype)
         self._precision = torch.exp(-2.0 * log_std(points[-1])).unsqueeze(-2)
 
     def _join(self, params: Params) -> Tensor:

@@ -92,10 +92,11 @@ def pack(episodes: Episodes, advantages: Tensor) -> Steps:
     lengths = episodes.alive.sum(2)
     starts = lengths.cumsum(1) - lengths
     used = torch.arange(S, device=live.device) < live.unsqueeze(1)
+    nothing_died = bool(alive.all())
 
     def take(values: Tensor) -> Tensor:
         flat = values.reshape(M, E * H, *values.shape[3:])
-        if S == E * H:
+        if nothing_died:
             return flat
         index = order.reshape(M, S, *[1] * (flat.ndim - 2)).expand(M, S, *flat.shape[2:])
         mask = used.reshape(M, S, *[1] * (flat.ndim - 2))

@@ -205,7 +205,7 @@ def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | 
             )
 
 
-def train(
+def meta_train(
     experiment: Experiment[TaskFamily],
     *,
     out: str | Path | None = None,

@@ -293,6 +293,30 @@ def test_divergence_is_kept_per_world(
         assert physics.diverged.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("memory", "fits"), [(4000, False), (12000, False), (60000, True)])
+def test_a_world_without_memory_is_flagged(
+    memory: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """World 1 has four contacts and too little memory for them; the others fall as ever.
+
+    In MuJoCo 4.0 4,000 bytes is a warning, and 12,000 an error that leaves the state as it was.
+    """
+    monkeypatch.chdir(tmp_path)
+    ball = '<body pos="{} 0 5"><freejoint/><geom size=".1"/></body>'
+    model = mujoco.MjModel.from_xml_string(
+        f'<mujoco><size memory="{memory}"/><worldbody><geom type="plane" size="9 9 .1"/>'
+        + "".join(ball.format(i) for i in range(4))
+        + "</worldbody></mujoco>"
+    )
+    physics = CpuPhysics(model, 3, threads=1)
+    qpos = torch.from_numpy(np.tile(model.qpos0, (3, 1)))
+    qpos[1, 2::7] = 0.05
+    physics.set_state(qpos, torch.zeros(3, model.nv, dtype=torch.float64))
+    physics.step(torch.zeros(3, 0), 1)
+    assert physics.diverged.tolist() == [False, not fits, False]
+    assert physics.qvel[::2, 2].tolist() == pytest.approx([-9.81 * 0.002] * 2, rel=1e-12)
+
+
 def test_sensors_are_found_by_name() -> None:
     """The cheetah's centre of mass, by hand: the masses' mean place at qpos0; and its drift."""
     model = load("half_cheetah", sensors=True)

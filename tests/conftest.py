@@ -1,0 +1,38 @@
+"""Fixtures that more than one test module needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from gymnasium.envs.mujoco import MujocoEnv
+
+
+@pytest.fixture
+def gymnasium_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], MujocoEnv]:
+    """Build one of Gymnasium's own MuJoCo environments from its module's and its class's name.
+
+    Gymnasium imports imageio to write pictures, which nothing here does: where it is not
+    installed an empty module stands in. MuJoCo logs to the working directory.
+    """
+    monkeypatch.chdir(tmp_path)
+    if importlib.util.find_spec("imageio") is None:
+        monkeypatch.setitem(sys.modules, "imageio", ModuleType("imageio"))
+
+    def build(module: str, name: str) -> MujocoEnv:
+        cls: type[MujocoEnv] = getattr(
+            importlib.import_module(f"gymnasium.envs.mujoco.{module}"), name
+        )
+        return cls()  # type: ignore[call-arg]  # the subclass knows its own file
+
+    return build

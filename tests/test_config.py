@@ -1,0 +1,134 @@
+"""Settings: file and flags give one validated tree, and a wrong one gives one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import envs
+from maml_rl.config import (
+    InputError,
+    as_tree,
+    load_experiment,
+    plain_sentence,
+    shipped_experiments,
+    to_yaml,
+)
+
+MINIMAL = "name: small\nfamily: {name: half_cheetah_vel}\niterations: 4\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_gives_defaults_and_what_the_protocol_decides(tmp_path: Path) -> None:
+    """What the file leaves open is the paper's: alpha .1, 100-100 relu, H 200, frame_skip 1."""
+    experiment = load_experiment(write(tmp_path, MINIMAL))
+    assert isinstance(experiment.family, envs.HalfCheetahVel)
+    assert (experiment.family.horizon, experiment.family.frame_skip) == (200, 1)
+    assert experiment.policy.layers == (100, 100)
+    assert experiment.adaptation.step_size == 0.1
+
+
+def test_keywords_win_over_the_file(tmp_path: Path) -> None:
+    """An override replaces the file's value, in nested settings and in the family too."""
+    path = write(tmp_path, MINIMAL + "sampling: {tasks: 7}\n")
+    experiment = load_experiment(
+        path, iterations=9, sampling__tasks=5, policy__layers=[3], family__speed_low=-1.5
+    )
+    assert (experiment.iterations, experiment.sampling.tasks) == (9, 5)
+    assert experiment.policy.layers == (3,)
+    assert isinstance(experiment.family, envs.HalfCheetahVel)
+    assert experiment.family.speed_low == -1.5
+
+
+@pytest.mark.parametrize("name", sorted(shipped_experiments()))
+def test_a_resolved_config_is_an_experiment_and_resolves_to_itself(
+    name: str, tmp_path: Path
+) -> None:
+    """config.yaml of any run is a valid experiment, equal in every field to the one that ran."""
+    experiment = load_experiment(name)
+    again = load_experiment(write(tmp_path, to_yaml(experiment)))
+    assert again == experiment
+    assert as_tree(again) == as_tree(experiment)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_experiments()))
+def test_an_experiment_is_named_after_its_file_and_says_how_to_run_it(name: str) -> None:
+    """The header of each file tells paper section or purpose, and the command."""
+    text = shipped_experiments()[name].read_text()
+    assert yaml.safe_load(text)["name"] == name
+    assert f"maml-rl train {name}" in text.split("name:")[0] or name == "quickstart"
+    assert text.startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no settings"),
+        ("- 1\n", "holds no settings"),
+        ("name: [\n", "is not plain YAML"),
+        ("a: !!python/object/apply:os.system ['true']\n", "is not plain YAML"),
+        ("name: x\niterations: 1\n", "family.name is missing"),
+        ("family: 3\n", "family must hold settings of its own"),
+        ("family: {name: half_cheetah_velo}\n", "did you mean 'half_cheetah_vel'"),
+        (MINIMAL + "policy: 5\n", "policy must hold settings of its own"),
+        (MINIMAL + "polcy: {layers: [3]}\n", "did you mean 'policy.layers'"),
+        (MINIMAL + "sampling: {taks: 3}\n", "did you mean 'sampling.tasks'"),
+        (MINIMAL.replace("4", "{a: 4}"), "there is no setting 'iterations.a'"),
+        (MINIMAL.replace("4", "many"), "iterations"),
+        (MINIMAL.replace("4", "1.5"), "iterations"),
+        (MINIMAL.replace("4", "-4"), "iterations must be at least 0, got -4"),
+        (MINIMAL + "sampling: {tasks: 0}\n", "sampling.tasks must be at least 1, got 0"),
+        (MINIMAL + "advantages: {discount: 1.5}\n", "advantages.discount must be between 0 and 1"),
+        (MINIMAL + "trust_region: {max_kl: .nan}\n", "trust_region.max_kl must be above 0"),
+        (MINIMAL + "adaptation: {inner_loss: dise}\n", "dise"),
+        (MINIMAL + "device: tpu\n", "tpu"),
+        (MINIMAL + "seed: -1\n", "seed must be between 0"),
+        (MINIMAL.replace("small", "../up"), "name must be letters"),
+        (MINIMAL.replace("{name: half_cheetah_vel}", "{name: 'mine:Family'}"), "--allow-import"),
+        (MINIMAL.replace("vel}", "vel, horizon: 0}"), "horizon"),
+        (MINIMAL.replace("vel}", "vel, protocol: papr}"), "papr"),
+    ],
+)
+def test_a_wrong_file_gives_one_sentence_that_names_the_key(
+    text: str, complaint: str, tmp_path: Path
+) -> None:
+    """Every mistake is an InputError (or FamilyError) with what was expected, never a box."""
+    with pytest.raises((InputError, envs.FamilyError)) as caught:
+        load_experiment(write(tmp_path, text))
+    message = str(caught.value)
+    assert complaint in message
+    assert "\n" not in message
+    assert "──" not in message
+    assert "----" not in message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Missing, binary and foreign files each get their own sentence."""
+    with pytest.raises(InputError, match="did you mean 'quickstart'"):
+        load_experiment("quikstart")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\x00\xff\xfe")
+    with pytest.raises(InputError, match="not a text file"):
+        load_experiment(binary)
+    with pytest.raises(InputError, match=r"such as its config\.yaml"):
+        load_experiment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Value error ───────────╮\n│ Error parsing --n: bad  │\n│ 'x' -1                  │\n"
+        "│ ─────────────────────── │\n│ For full helptext, see  │\n╰─────────────────────────╯\n",
+        "Value error\n-----------\nError parsing --n: bad\n'x' -1\n-----------\nFor full help\n",
+    ],
+)
+def test_the_complaint_is_taken_out_of_either_kind_of_box(box: str) -> None:
+    """tyro draws with lines on a terminal and with hyphens elsewhere."""
+    assert plain_sentence(box) == "Error parsing --n: bad 'x' -1"

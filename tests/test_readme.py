@@ -1,0 +1,68 @@
+"""The README, taken at its word: every command is run, every block of Python executed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from maml_rl.cli import run
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every maml-rl command of the README's shell blocks, in order, as words after the name."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(p, comments=True)[1:] for p in parts if p.startswith("maml-rl ")]
+
+
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in an empty folder; training and speed with their scale cut by flags."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    cuts = {"train": TINY, "speed": ["--scale", "0.02"], "resume": ["--iterations", "2"]}
+    seen = set()
+    for words in commands():
+        seen.add(words[0])
+        assert run([*words, *cuts.get(words[0], [])]) == 0, words
+    assert seen == {"train", "resume", "evaluate", "list", "speed"}
+
+
+def test_every_block_of_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    found = blocks("python")
+    assert len(found) == 5
+    for block in found:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_users_own_family_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family of "Add your own task family", saved as the README says, by its own command."""
+    monkeypatch.chdir(tmp_path)
+    code = next(b for b in blocks("python") if "class HalfCheetahThrift" in b)
+    (tmp_path / "thrift.py").write_text(code)
+    (tmp_path / "thrift.yaml").write_text(
+        'name: thrift\nfamily: {name: "thrift:HalfCheetahThrift"}\niterations: 1\n'
+    )
+    assert "maml-rl train thrift.yaml --allow-import" in README
+    assert run(["train", "thrift.yaml", "--allow-import", *TINY]) == 0
+
+
+def test_every_link_and_file_exists() -> None:
+    """Relative links and pictures point to files of the repository."""
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    assert not re.search(r"@@", README)

@@ -1,0 +1,170 @@
+"""Training: deterministic, resumable, and never past a number that is none."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import maml_rl
+from maml_rl.adapt import Params
+from maml_rl.config import InputError, load_experiment
+from maml_rl.runs import Row, RunFolder
+from maml_rl.train import RunStopped, evaluate_policy, meta_train, resume
+from tests.tiny import SETTINGS
+
+
+def rows(run: Path) -> list[Mapping[str, str]]:
+    """Metrics without the times, which no two runs share."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [
+            {k: v for k, v in row.items() if not k.startswith("seconds")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def same(a: Params, b: Params) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("name", ["navigation", "half_cheetah_dir", "ant_vel"])
+def test_the_same_seed_gives_the_same_parameters_bit_for_bit(name: str) -> None:
+    """At any number of threads, and whatever number of tasks is simulated at once."""
+    experiment = load_experiment(name, **SETTINGS)
+    first = meta_train(experiment).params
+    assert same(first, meta_train(replace(experiment, threads=1)).params)
+    split = replace(experiment, sampling=replace(experiment.sampling, tasks_at_once=3))
+    assert same(first, meta_train(split).params)
+    assert not same(first, meta_train(replace(experiment, seed=1)).params)
+
+
+def test_parameters_change_and_metrics_add_up(tmp_path: Path) -> None:
+    """One row an iteration, env steps = M K H a phase, columns of DESIGN's table, KL bounded."""
+    experiment = load_experiment("half_cheetah_vel", **SETTINGS)
+    policy = meta_train(experiment, out=tmp_path / "run")
+    assert not same(policy.params, maml_rl.new_policy(experiment).params)
+    table = rows(tmp_path / "run")
+    assert [r["iteration"] for r in table] == ["0", "1", "2"]
+    assert [int(r["env_steps"]) for r in table] == [144 * n for n in (1, 2, 3)]
+    assert list(table[0]) == [
+        *("iteration", "env_steps", "return_0", "return_0_sd", "return_1", "return_1_sd"),
+        *("surrogate_before", "surrogate_after", "kl", "accepted", "refused_because"),
+        *("backtracks", "cg_residual", "entropy"),
+        *("explained_variance_0", "explained_variance_1", "diverged_worlds"),
+    ]
+    for row in table:
+        assert float(row["kl"]) <= experiment.trust_region.max_kl
+        assert float(row["surrogate_after"]) <= float(row["surrogate_before"])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("inner_steps", [0, 2])
+def test_any_number_of_inner_steps(inner_steps: int, tmp_path: Path) -> None:
+    """0 is plain TRPO with one batch an iteration; 2 samples three."""
+    experiment = load_experiment("navigation", **SETTINGS, adaptation__inner_steps=inner_steps)
+    policy = meta_train(experiment, out=tmp_path / "run")
+    names = [n for n in rows(tmp_path / "run")[0] if n.startswith("return_")]
+    assert len(names) == 2 * (inner_steps + 1)
+    assert len(evaluate_policy(policy).returns) == 2
+
+
+def test_a_resumed_run_equals_one_never_interrupted(tmp_path: Path) -> None:
+    """Stopped after 1 of 3 iterations and resumed: same parameters, same rows."""
+    experiment = load_experiment("navigation", **SETTINGS)
+    whole = meta_train(experiment, out=tmp_path / "whole")
+    meta_train(replace(experiment, iterations=1), out=tmp_path / "parts")
+    parts = resume(tmp_path / "parts", iterations=3)
+    assert same(whole.params, parts.params)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert load_experiment(tmp_path / "parts" / "config.yaml").iterations == 3
+
+
+def test_a_run_starts_from_another_ones_parameters(tmp_path: Path) -> None:
+    """--init takes parameters and refuses those of another shape, both shapes in the message."""
+    experiment = load_experiment("navigation", **SETTINGS)
+    first = meta_train(experiment, out=tmp_path / "first")
+    second = meta_train(replace(experiment, iterations=0), init=tmp_path / "first")
+    assert same(first.params, second.params)
+    other = load_experiment("half_cheetah_dir", **SETTINGS)
+    with pytest.raises(InputError, match=r"\(2, 8\).*expected.*\(20, 8\)"):
+        meta_train(other, out=tmp_path / "other", init=tmp_path / "first")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_saving(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    """The running iteration is finished and saved; the old handlers are back afterwards."""
+    before = signal.getsignal(number)
+
+    def interrupt(row: Row, total: int) -> None:
+        if row["iteration"] == 0:
+            os.kill(os.getpid(), number)
+
+    experiment = load_experiment("navigation", **SETTINGS)
+    with pytest.raises(RunStopped, match="after 2 of 3 iterations") as stopped:
+        meta_train(experiment, out=tmp_path / "run", watch=LateWatcher(interrupt))
+    assert stopped.value.exit_code == code
+    assert RunFolder.open(tmp_path / "run").load()[1].iteration == 2
+    assert signal.getsignal(number) is before
+
+
+class LateWatcher:
+    """Calls `then` during the iteration after the one it is told of: here, just before it."""
+
+    def __init__(self, then: object) -> None:
+        self.then = then
+        self.calls = 0
+
+    def __call__(self, row: Row, total: int) -> None:
+        assert callable(self.then)
+        self.calls += 1
+        if self.calls == 2:
+            self.then({"iteration": 0}, total)
+
+
+class Broken(nn.Module):
+    """A mean that turns to NaN for observations that have moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * x / (x.abs().sum(-1, keepdim=True) * 0.0)
+
+
+def test_an_action_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    """Exit code 3, with task, iteration and seed in the message; the last good state is saved."""
+    experiment = load_experiment("navigation", **SETTINGS, seed=9)
+    with pytest.raises(RunStopped, match=r"iteration 0, run seed 9.*task 0 \(seed \d+\)") as caught:
+        meta_train(experiment, out=tmp_path / "run", mean=Broken())
+    assert caught.value.exit_code == 3
+    assert RunFolder.open(tmp_path / "run").load()[1].iteration == 0
+
+
+@pytest.mark.slow
+def test_navigation_is_learned_in_seconds() -> None:
+    """After 30 small iterations one step gains at least 10, where the new policy gains less."""
+    experiment = load_experiment(
+        "navigation",
+        iterations=30,
+        sampling__tasks=15,
+        sampling__episodes=10,
+        policy__layers=[32, 32],
+        trust_region__max_kl=0.03,
+        evaluation__tasks=20,
+        evaluation__episodes=20,
+    )
+    before = evaluate_policy(maml_rl.new_policy(experiment)).returns.mean(1)
+    after = evaluate_policy(meta_train(experiment)).returns.mean(1)
+    assert after[1] > before[1] + 10.0
+    assert after[1] > after[0] + 10.0

@@ -1,0 +1,86 @@
+"""A policy in the hand: adapt, act, save, load; an MLP or a module of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import envs
+import maml_rl
+from maml_rl.policy import log_std
+from tests.tiny import SETTINGS
+
+
+def test_a_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
+    """load(RUN) gives the same parameters and, adapted with the same seed, the same actions."""
+    experiment = maml_rl.load_experiment("half_cheetah_dir", **SETTINGS)
+    trained = maml_rl.meta_train(experiment, out=tmp_path / "run")
+    loaded = maml_rl.load(tmp_path / "run")
+    assert loaded.experiment == experiment
+    observation = np.linspace(-1, 1, 20)
+    for policy in (trained, loaded):
+        adapted = policy.adapt(experiment.family, [-1.0], steps=2, seed=3)
+        # Adapting makes another policy and leaves this one alone.
+        assert torch.equal(policy.params["log_std"], trained.params["log_std"])
+        assert not torch.equal(adapted.params["log_std"], policy.params["log_std"])
+        np.testing.assert_array_equal(
+            adapted.act(observation, deterministic=True),
+            trained.adapt(experiment.family, [-1.0], steps=2, seed=3).act(
+                observation, deterministic=True
+            ),
+        )
+
+
+def test_actions_are_in_the_bodys_unit_with_the_policys_noise() -> None:
+    """Navigation: an action of 1 in the policy's unit is .1 m; at log_std -2 few are clipped."""
+    experiment = maml_rl.load_experiment("navigation", **SETTINGS, policy__initial_log_std=-2.0)
+    policy = maml_rl.new_policy(experiment)
+    actions = policy.act(np.zeros((4000, 2)))
+    assert actions.shape == (4000, 2)
+    np.testing.assert_allclose(actions.std(0), 0.1 * np.exp(-2.0), rtol=0.05)
+    mean = policy.act(np.zeros(2), deterministic=True)
+    np.testing.assert_allclose(mean, 0.0, atol=1e-7)
+    assert float(log_std(policy.params)[0]) == -2.0
+
+
+def test_a_plain_gymnasium_loop_runs(tmp_path: Path) -> None:
+    """With the MLP, and with a module as the mean, also after saving and loading."""
+    experiment = maml_rl.load_experiment("half_cheetah_dir", **SETTINGS)
+    mine = nn.Sequential(nn.Linear(20, 9), nn.ELU(), nn.Linear(9, 6))
+    env = gymnasium.make("MamlRL/HalfCheetahDir-v0", task=[1.0])
+    maml_rl.meta_train(experiment, out=tmp_path / "mine", mean=mine)
+    for policy in (
+        maml_rl.new_policy(experiment),
+        maml_rl.load(tmp_path / "mine", mean=nn.Sequential(*mine)),
+    ):
+        adapted = policy.adapt(experiment.family, [1.0])
+        observation, _ = env.reset(seed=0)
+        for _ in range(5):
+            action = adapted.act(observation)
+            assert env.action_space.contains(action)
+            observation, *_ = env.step(action)
+    env.close()
+
+
+def test_adapting_to_nonsense_is_refused() -> None:
+    """A task of no family, another body, negative steps."""
+    experiment = maml_rl.load_experiment("half_cheetah_dir", **SETTINGS)
+    policy = maml_rl.new_policy(experiment)
+    with pytest.raises(envs.FamilyError, match="direction"):
+        policy.adapt(experiment.family, [0.5])
+    with pytest.raises(ValueError, match=r"20 observations.*41"):
+        policy.adapt(envs.make("ant_dir"), [1.0])
+    with pytest.raises(ValueError, match="at least 0"):
+        policy.adapt(experiment.family, [1.0], steps=-1)
+
+
+def test_the_public_interface_is_there() -> None:
+    """Every name of __all__ can be imported, and every one is documented."""
+    for name in maml_rl.__all__:
+        value = getattr(maml_rl, name)
+        assert isinstance(value, str) or value.__doc__
