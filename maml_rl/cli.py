@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -218,29 +219,24 @@ def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
     """Return return against gradient steps as a table in plain words."""
     measure = family.measure_columns[0] if family.measure_columns else None
     groups = list(evaluation.groups(family))
-    n = len(evaluation.tasks)
     title = (
-        f"{family.name}: mean return of an episode on {n} tasks that training never saw"
+        f"How {family.name} does on {len(evaluation.tasks)} test tasks that training never saw"
         if family.finite_tasks is None
-        else f"{family.name}: mean return of an episode, fresh episodes of the training tasks"
+        else f"How {family.name} does on fresh episodes of the training tasks"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    table.add_column("", no_wrap=True)
     table.add_column("return", justify="right")
-    table.add_column("± (95 %)", justify="right")
     if measure is not None and not groups:
         table.add_column(f"{measure.name} ({measure.unit})", justify="right")
     for name, _ in groups:
-        table.add_column(f"{name}: return", justify="right")
+        table.add_column(f"{name}\nreturn", justify="right")
         if measure is not None:
-            table.add_column(f"{name}: {measure.name} that way ({measure.unit})", justify="right")
+            table.add_column(f"{name}\n{measure.unit}", justify="right")
     for step, returns in enumerate(evaluation.returns):
         width = evaluation.half_width(family, step)
-        cells = [
-            step_words(step),
-            f"{returns.mean():.1f}",
-            "" if math.isnan(width) else f"{width:.1f}",
-        ]
+        interval = "" if math.isnan(width) else f" ± {width:.1f}"
+        cells = [step_words(step), f"{returns.mean():.1f}{interval}"]
         if measure is not None and not groups:
             cells.append(f"{evaluation.measures[step, :, 0].mean():.2f}")
         for _, mask in groups:
@@ -249,6 +245,19 @@ def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
                 cells.append(f"{evaluation.measures[step, mask, 0].mean():.2f}")
         table.add_row(*cells)
     return table
+
+
+def evaluation_notes(evaluation: Evaluation, family: TaskFamily) -> str:
+    """Return what a newcomer needs to read the table."""
+    notes = [
+        "Return: sum of an episode's rewards, mean over tasks, ± half its 95 % interval.",
+        f"Before each gradient step a task's policy acts for {evaluation.episodes} episodes, "
+        "which are all that the step learns from.",
+    ]
+    if family.finite_tasks is not None and family.measure_columns:
+        measure = family.measure_columns[0]
+        notes.append(f"{measure.unit}: mean {measure.name} the wanted way.")
+    return " ".join(notes)
 
 
 def method_name(experiment: Experiment[TaskFamily]) -> str:
@@ -266,12 +275,8 @@ def report_evaluation(
     if not quiet:
         console.print()
         console.print(evaluation_table(evaluation, experiment.family))
-        console.print(
-            f"A task's policy learns from {evaluation.episodes} of its own episodes at each step. "
-            f"Figures: {written}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        notes = evaluation_notes(evaluation, experiment.family)
+        console.print(f"{notes} All figures: {written}", highlight=False, soft_wrap=True)
 
 
 def train_command(words: Sequence[str], console: Console) -> None:

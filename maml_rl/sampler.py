@@ -251,7 +251,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         for task in range(M):
             for slot in range(K):
                 index = int(taken[task]) + slot
-                rng = np.random.Generator(np.random.Philox(key=[int(seeds[task]), index]))
+                # Not a list of ints, which NumPy rounds to 53 bits where one is above 2^63.
+                key = np.array([seeds[task], index], np.uint64)
+                rng = np.random.Generator(np.random.Philox(key=key))
                 starts.append(self.family.draw_start(rng))
                 if used[task, slot]:
                     rng.standard_normal(dtype=np.float32, out=noise[task, slot])
