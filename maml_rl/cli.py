@@ -226,7 +226,7 @@ def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     table.add_column("", no_wrap=True)
-    table.add_column("return", justify="right")
+    table.add_column("return", justify="right", no_wrap=True)
     if measure is not None and not groups:
         table.add_column(f"{measure.name} ({measure.unit})", justify="right")
     for name, _ in groups:
