@@ -232,6 +232,10 @@ class DirectionGoal(LocomotionFamily):
     Name the body first, `class MyDir(MyBody, DirectionGoal)`, so that the body's defaults hold.
     """
 
+    balanced: bool = False
+    """Whether a batch has each direction equally often. The paper draws each task on its own;
+    then one direction's surplus in a small batch outweighs what is to be learned from both."""
+
     task_columns: ClassVar[tuple[Column, ...]] = (
         Column("direction", "sign", "-1 backward, +1 forward"),
     )
@@ -242,7 +246,11 @@ class DirectionGoal(LocomotionFamily):
         return DIRECTIONS
 
     def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Draw directions with equal chance, (count, 1)."""
+        """Draw directions with equal chance, or equally often if `balanced`, (count, 1)."""
+        if self.balanced:
+            # Where the count is odd, chance decides which direction has one task more.
+            both = rng.permutation(len(DIRECTIONS))
+            return DIRECTIONS[rng.permutation(np.resize(both, count))]
         return DIRECTIONS[rng.integers(0, len(DIRECTIONS), count)]
 
     def describe_task(self, task: npt.ArrayLike) -> str:
