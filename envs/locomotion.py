@@ -250,7 +250,8 @@ class DirectionGoal(LocomotionFamily):
         if self.balanced:
             # Where the count is odd, chance decides which direction has one task more.
             both = rng.permutation(len(DIRECTIONS))
-            return DIRECTIONS[rng.permutation(np.resize(both, count))]
+            which: npt.NDArray[np.int64] = rng.permutation(np.resize(both, count))
+            return DIRECTIONS[which]
         return DIRECTIONS[rng.integers(0, len(DIRECTIONS), count)]
 
     def describe_task(self, task: npt.ArrayLike) -> str:

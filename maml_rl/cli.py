@@ -54,7 +54,7 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of a command that trains."""
+    """What every command that trains takes."""
 
     quiet: Switch = False
     """Print nothing but errors."""
@@ -64,7 +64,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """Options of `maml-rl train` beside the experiment's own."""
+    """Where a run goes and what it starts from."""
 
     out: Path | None = None
     """The run folder; by default runs/NAME-seedS, or the next free number."""
@@ -74,7 +74,7 @@ class TrainOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions(RunOptions):
-    """Options of `maml-rl resume`."""
+    """Go on with an interrupted run, or extend a finished one."""
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
@@ -84,7 +84,7 @@ class ResumeOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Options of `maml-rl evaluate`."""
+    """Test a run's policy: return against gradient steps."""
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
@@ -94,13 +94,15 @@ class EvaluateOptions:
     """latest, previous, or best by training return after adaptation."""
     steps: int | None = None
     """Gradient steps; by default the experiment's."""
+    quiet: Switch = False
+    """Print nothing but errors."""
     allow_import: Switch = False
     """Let the experiment import code of yours, named package.module:Class or :function."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions:
-    """Options of `maml-rl speed`."""
+    """Measure how fast this machine samples and updates."""
 
     json: Switch = False
     """Print JSON for programs."""
@@ -224,7 +226,15 @@ def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
         if family.finite_tasks is None
         else f"How {family.name} does on fresh episodes of the training tasks"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    # Narrow enough for a terminal of 80 columns with two kinds of task.
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     table.add_column("return", justify="right", no_wrap=True)
     if measure is not None and not groups:
@@ -269,9 +279,10 @@ def report_evaluation(
     console: Console, trained: TrainedPolicy, folder: RunFolder, out: Path | None, quiet: bool
 ) -> None:
     """Test a policy, write the figures, and print them."""
+    written = folder.evaluation_folder(out)
     evaluation = evaluate_policy(trained)
     experiment = trained.experiment
-    written = folder.write_evaluation(evaluation, experiment, method_name(experiment), out)
+    folder.write_evaluation(evaluation, experiment, method_name(experiment), written)
     if not quiet:
         console.print()
         console.print(evaluation_table(evaluation, experiment.family))
@@ -319,7 +330,9 @@ def train_command(words: Sequence[str], console: Console) -> None:
 
 
 def with_resume_line(stopped: RunStopped, path: Path) -> RunStopped:
-    """Add the line to type to go on."""
+    """Add the line to type to go on, where a signal stopped the run and not a fault."""
+    if stopped.exit_code < 128:
+        return stopped
     return RunStopped(f"{stopped}. Go on with: maml-rl resume {path}", stopped.exit_code)
 
 
@@ -353,10 +366,14 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
     with Importing(options.allow_import):
         trained = load(options.run, checkpoint=options.checkpoint)
         if options.steps is not None:
-            settings = dataclasses.replace(trained.experiment.evaluation, steps=options.steps)
+            try:
+                settings = dataclasses.replace(trained.experiment.evaluation, steps=options.steps)
+            except ValueError as error:
+                raise InputError(str(error)) from error
             experiment = dataclasses.replace(trained.experiment, evaluation=settings)
             trained = dataclasses.replace(trained, experiment=experiment)
-        report_evaluation(console, trained, RunFolder.open(options.run), options.out, False)
+        folder = RunFolder.open(options.run)
+        report_evaluation(console, trained, folder, options.out, options.quiet)
 
 
 def list_command(words: Sequence[str], console: Console) -> None:
@@ -364,7 +381,7 @@ def list_command(words: Sequence[str], console: Console) -> None:
 
     @dataclass(frozen=True)
     class ListOptions:
-        """No options."""
+        """Show task families, their settings, and the experiments that ship."""
 
     config.parse_with_tyro(ListOptions, words, "maml-rl list")
     for name, cls in envs.FAMILIES.items():
@@ -426,6 +443,8 @@ def field_meanings(cls: type) -> dict[str, str]:
 def speed_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl speed`."""
     options = config.parse_with_tyro(SpeedOptions, words, "maml-rl speed")
+    if options.threads < 0:
+        raise InputError(f"threads must be at least 0, got {options.threads}")
     if not 0 < options.scale <= 1:
         raise InputError(f"scale must be above 0 and at most 1, got {options.scale}")
 
@@ -459,7 +478,8 @@ def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, li
 
 def run(words: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    console = Console()
+    # Folders may be called anything, so text is never read as markup.
+    console = Console(markup=False)
     if not words or words[0] in ("-h", "--help", "help"):
         print(INTRODUCTION, end="")
         return 0 if words else 2

@@ -173,13 +173,6 @@ def check_keys(paths: Sequence[str], family: type[TaskFamily], source: str) -> N
         raise InputError(f"{source}: there is no setting {path!r}: {hint}")
 
 
-def words(value: object) -> list[str]:
-    """Return a YAML value as command-line words."""
-    if isinstance(value, list | tuple):
-        return [str(v) for v in value]
-    return [str(value)]
-
-
 def normal_flag(word: str) -> str:
     """Return the dotted path that a flag such as --family.frame-skip=5 sets."""
     return word.removeprefix("--").split("=", 1)[0].replace("-", "_")
@@ -187,7 +180,16 @@ def normal_flag(word: str) -> str:
 
 def as_flags(flags: Mapping[str, object]) -> list[str]:
     """Return settings by dotted path as command-line words."""
-    return [w for path, value in flags.items() for w in (f"--{path}", *words(value))]
+    words: list[str] = []
+    for path, value in flags.items():
+        if isinstance(value, list | tuple):
+            for part in value:
+                if str(part).startswith("--"):
+                    raise InputError(f"{path} holds {part!r}, which would be read as a flag")
+            words += [f"--{path}", *map(str, value)]
+        else:
+            words.append(f"--{path}={value}")
+    return words
 
 
 def split_family_name(words_: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -201,6 +203,8 @@ def split_family_name(words_: Sequence[str]) -> tuple[str | None, list[str]]:
             elif i + 1 < len(words_):
                 i += 1
                 name = words_[i]
+            else:
+                raise InputError("--family.name needs a value, such as --family.name ant_dir")
         else:
             rest.append(word)
         i += 1
@@ -213,7 +217,7 @@ def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:
     Raises:
         InputError: in one sentence, where tyro would print a box.
     """
-    wants_help = "--help" in arguments or "-h" in arguments
+    wants_help = bool({"--help", "-h"} & set(arguments))
     complaint = io.StringIO()
     try:
         with contextlib.ExitStack() as stack:

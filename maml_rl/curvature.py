@@ -327,6 +327,10 @@ class MlpLinearisation:
         return self._join(gradient)
 
 
+Linearise = Callable[[InnerStep, Sequence[Params], Sequence[Steps], Steps], Linearisation]
+"""Makes the products of some tasks, as `linearise` does."""
+
+
 def linearise(
     inner: InnerStep, points: Sequence[Params], batches: Sequence[Steps], outer: Steps
 ) -> Linearisation:
@@ -341,6 +345,3 @@ def linearise(
     if isinstance(inner.policy.network, Mlp):
         return MlpLinearisation(inner, points, batches, outer)
     return GraphLinearisation(inner, points[0], batches, outer)
-
-
-LineariseFunction = Callable[[InnerStep, Sequence[Params], Sequence[Steps], Steps], Linearisation]

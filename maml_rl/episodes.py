@@ -29,6 +29,10 @@ class Episodes:
     diverged: Tensor
     """(M, E) bool: the episode was cut short because its world diverged."""
 
+    def of_tasks(self, start: int, stop: int) -> Episodes:
+        """Return the episodes of tasks start to stop - 1."""
+        return Episodes(**{name: value[start:stop] for name, value in vars(self).items()})
+
     @property
     def live_steps(self) -> Tensor:
         """(M,) int64: live steps of each task."""

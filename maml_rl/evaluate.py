@@ -17,9 +17,9 @@ from torch import Tensor
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params, broadcast
-from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.advantages import AdvantageSettings
 from maml_rl.episodes import Episodes, pack
-from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks
+from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, estimate_in_chunks
 from maml_rl.policy import GaussianPolicy
 from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_generator, task_seeds
 
@@ -148,7 +148,7 @@ def adapt_to_tasks(
         episodes = sampler.sample(params, where, task_seeds(stream, seed, 0, step, len(tasks)))
         yield params, episodes
         if step < len(sizes):
-            estimated, _ = estimate_advantages(episodes, advantages)
+            estimated, _ = estimate_in_chunks(episodes, advantages, chunks)
             inner = adaptation.inner_step(policy, sizes[step])
             params = adapt_in_chunks(inner, params, pack(episodes, estimated), chunks)
 
@@ -163,6 +163,7 @@ def evaluate(
     advantages: AdvantageSettings,
     action_scale: float,
     threads: int = 0,
+    tasks_at_once: int = 0,
     tasks: npt.NDArray[np.float32] | None = None,
 ) -> Evaluation:
     """Measure returns after 0 to `settings.steps` gradient steps, stochastic policy.
@@ -176,20 +177,24 @@ def evaluate(
         advantages: discount and lambda.
         action_scale: the policy's action that is the bound.
         threads: of physics and updates; 0 is one a core.
+        tasks_at_once: tasks that are simulated together; 0 is all.
         tasks: (T, P) to use in place of the test tasks.
     """
     chosen = make_test_tasks(family, settings.tasks) if tasks is None else tasks
-    chunks = Chunks(threads, 1 if next(iter(theta.values())).device.type == "cpu" else 0)
+    size = 1 if next(iter(theta.values())).device.type == "cpu" else 0
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
-    with Sampler(
-        family,
-        policy,
-        tasks=len(chosen),
-        episodes=settings.episodes,
-        action_scale=action_scale,
-        threads=threads,
-    ) as sampler:
+    with (
+        Chunks(threads, size) as chunks,
+        Sampler(
+            family,
+            policy,
+            tasks=min(tasks_at_once or len(chosen), len(chosen)),
+            episodes=settings.episodes,
+            action_scale=action_scale,
+            threads=threads,
+        ) as sampler,
+    ):
         for _, episodes in adapt_to_tasks(
             policy,
             theta,
@@ -209,7 +214,6 @@ def evaluate(
             sds.append(np.nanstd(each.numpy(), axis=1))
             means: Tensor = episodes.mean_measures().cpu()
             measures.append(family.wanted_measures(means, wanted).double().numpy())
-    chunks.close()
     return Evaluation(
         chosen, np.stack(returns), np.stack(sds), np.stack(measures), settings.episodes
     )

@@ -1,7 +1,7 @@
-"""Inner losses and the outer surrogate, as functions of one task's log-probabilities.
+"""Inner losses, as functions of one task's log-probabilities.
 
-All three inner losses have the same value of the gradient at the point where the episodes were
-sampled, and different Hessians there.
+All three have the same gradient at the point where the episodes were sampled, and different
+Hessians there.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from maml_rl.adapt import Params, broadcast, flatten, unflatten
 from maml_rl.advantages import AdvantageSettings, estimate_advantages
-from maml_rl.curvature import InnerStep, Linearisation, linearise
+from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, kl_divergence, log_density, log_std
@@ -46,12 +46,17 @@ class AdaptationSettings:
         if self.inner_steps < 0:
             raise ValueError(f"adaptation.inner_steps must be at least 0, got {self.inner_steps}")
         if not 0 < self.step_size < float("inf"):
-            raise ValueError(f"adaptation.step_size must be above 0, got {self.step_size}")
+            raise ValueError(
+                f"adaptation.step_size must be finite and above 0, got {self.step_size}"
+            )
 
     def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:
         """Return the step these settings describe, with another step size if given."""
         return InnerStep(
-            policy, INNER_LOSSES[self.inner_loss], step_size or self.step_size, self.first_order
+            policy,
+            INNER_LOSSES[self.inner_loss],
+            self.step_size if step_size is None else step_size,
+            self.first_order,
         )
 
 
@@ -86,6 +91,12 @@ class Chunks:
         """End the threads."""
         self._pool.shutdown()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 def of_tasks(params: Params, start: int, stop: int) -> Params:
     """Return parameters of tasks start to stop - 1."""
@@ -107,6 +118,18 @@ def adapt_in_chunks(inner: InnerStep, params: Params, steps: Steps, chunks: Chun
     return join_tasks(chunks.map(part, len(steps.weights)))
 
 
+def estimate_in_chunks(
+    episodes: Episodes, settings: AdvantageSettings, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """Return advantages (M, E, H) and explained variance (M,), task by task."""
+
+    def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return estimate_advantages(episodes.of_tasks(start, stop), settings)
+
+    advantages, explained = zip(*chunks.map(part, len(episodes.alive)), strict=True)
+    return torch.cat(advantages), torch.cat(explained)
+
+
 class MetaObjective:
     """Algorithm 3's outer objective around theta, for the trust region.
 
@@ -123,7 +146,7 @@ class MetaObjective:
         batches: Sequence[Steps],
         outer: Steps,
         chunks: Chunks,
-        linearise: Callable[..., Linearisation] = linearise,
+        linearise: Linearise = linearise,
     ) -> None:
         """Set up around one theta.
 
@@ -279,7 +302,7 @@ def meta_iteration(
         began = clock()
         episodes = collect(points[-1], phase)
         sampling += clock() - began
-        estimated, explained = estimate_advantages(episodes, advantages)
+        estimated, explained = estimate_in_chunks(episodes, advantages, chunks)
         batches.append(pack(episodes, estimated))
         sampled.append(episodes)
         fits.append(float(explained.mean()))

@@ -7,7 +7,9 @@ parameter an action. Both are adapted. Actions are in the policy's unit, where 1
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -103,10 +105,22 @@ class Mlp:
 
 
 class ModuleNetwork:
-    """Any module (O) -> (A) that works on a batch of rows, as a function of its parameters."""
+    """Any module (O) -> (A) that works on a batch of rows, as a function of its parameters.
+
+    `functional_call` puts parameters into the module while it runs, so two threads must never
+    share one: each works on a copy of its own, and the module that was given is left alone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._copies = threading.local()
+
+    def _copy(self) -> nn.Module:
+        """Return this thread's copy."""
+        copied: nn.Module | None = getattr(self._copies, "module", None)
+        if copied is None:
+            copied = self._copies.module = copy.deepcopy(self.module)
+        return copied
 
     def initial_parameters(self, generator: torch.Generator) -> Params:
         """Return the module's own parameters; the generator is not used."""
@@ -115,7 +129,7 @@ class ModuleNetwork:
     def __call__(self, params: Params, observations: Tensor) -> Tensor:
         """Map one task's observations (S, O) to means (S, A)."""
         own = {n.removeprefix("mean."): p for n, p in params.items() if n != LOG_STD}
-        means: Tensor = functional_call(self.module, own, (observations,))
+        means: Tensor = functional_call(self._copy(), own, (observations,))
         return means
 
     def of_tasks(self, params: Params, observations: Tensor) -> Tensor:

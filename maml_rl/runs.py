@@ -12,9 +12,11 @@ RUN/evaluation/                   evaluation.csv, summary.json
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -39,7 +41,8 @@ PARAMETERS, STATE, MANIFEST = "parameters.safetensors", "state.json", "manifest.
 Row = Mapping[str, float | int | str | bool]
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Return versions of everything a result depends on, and the git commit if there is one."""
     found = {"python": platform.python_version(), "maml-rl": __version__}
     for package in ("torch", "mujoco", "gymnasium", "numpy"):
@@ -134,7 +137,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-            (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+            (path / "versions.json").write_text(as_json(versions()))
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {path}: {error.strerror}; "
@@ -186,16 +189,24 @@ class RunFolder:
             return
         with self.metrics.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
+        if not rows:
+            return
         kept = [rows[0], *(r for r in rows[1:] if r and int(r[0]) < iteration)]
         with replacing(self.metrics) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows(kept)
 
-    def save(self, theta: Params, state: State, *, best: bool) -> None:
-        """Save a checkpoint as `latest`, keeping the one before, and as `best` if it is."""
+    def save(self, theta: Params, state: State, *, best: Params | None) -> None:
+        """Save a checkpoint as `latest`, keeping the one before.
+
+        Args:
+            theta: parameters after `state.iteration` iterations.
+            state: all else.
+            best: parameters that sampled the best batch so far, to save as `best`, if they are new.
+        """
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
-        if best:
-            self._save_as(folder / "best", theta, state)
+        if best is not None:
+            self._save_as(folder / "best", best, state)
         latest, previous = folder / "latest", folder / "previous"
         new = self._write_checkpoint(folder / ".new", theta, state)
         if latest.exists():
@@ -216,15 +227,15 @@ class RunFolder:
         tensors = {name: p.detach().cpu().contiguous() for name, p in theta.items()}
         contents = {
             PARAMETERS: safetensors.torch.save(tensors),
-            STATE: json.dumps(asdict(state), indent=2).encode(),
+            STATE: as_json(asdict(state)).encode(),
         }
         manifest = {
             "format": FORMAT,
             "order": list(theta),
-            "versions": versions_once(),
+            "versions": versions(),
             "sha256": {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()},
         }
-        contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+        contents[MANIFEST] = as_json(manifest).encode()
         for name, content in contents.items():
             with (target / name).open("wb") as file:
                 file.write(content)
@@ -252,24 +263,42 @@ class RunFolder:
                 f"checkpoint {folder} has format {manifest.get('format')}; "
                 f"this version of maml-rl reads format {FORMAT}"
             )
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
-                raise CheckpointError(f"checkpoint {folder}: {name} is damaged (sha256 differs)")
-        tensors = safetensors.torch.load(contents[PARAMETERS])
-        theta = {name: tensors[name] for name in manifest["order"]}
-        return theta, State(**json.loads(contents[STATE]))
+        try:
+            for name, content in contents.items():
+                if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
+                    raise CheckpointError(
+                        f"checkpoint {folder}: {name} is damaged (sha256 differs)"
+                    )
+            tensors = safetensors.torch.load(contents[PARAMETERS])
+            theta = {name: tensors[name] for name in manifest["order"]}
+            saved = json.loads(contents[STATE])
+            best = -math.inf if saved["best_return"] is None else saved["best_return"]
+            return theta, State(**saved | {"best_return": best})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {folder} lacks an entry: {error}") from error
 
+    def evaluation_folder(self, out: Path | None = None) -> Path:
+        """Make the folder for a test's figures: `out`, or the run's own.
+
+        Raises:
+            InputError: if it cannot be made.
+        """
+        folder = self.path / "evaluation" if out is None else out
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        return folder
+
+    @staticmethod
     def write_evaluation(
-        self,
         evaluation: Evaluation,
         experiment: Experiment[TaskFamily],
         method: str,
-        out: Path | None = None,
-    ) -> Path:
-        """Write evaluation.csv, a row a task and step, and summary.json; return their folder."""
+        folder: Path,
+    ) -> None:
+        """Write evaluation.csv, a row a task and step, and summary.json, into `folder`."""
         family = experiment.family
-        folder = self.path / "evaluation" if out is None else out
-        folder.mkdir(parents=True, exist_ok=True)
         shared = {
             "family": family_name(family),
             "protocol": getattr(family, "protocol", ""),
@@ -300,8 +329,7 @@ class RunFolder:
             "versions": versions(),
             "gradient_steps": summarise(evaluation, family),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        return folder
+        (folder / "summary.json").write_text(as_json(summary))
 
     def close(self) -> None:
         """Close TensorBoard's file."""
@@ -335,14 +363,17 @@ def summarise(evaluation: Evaluation, family: TaskFamily) -> list[dict[str, obje
     return result
 
 
-_versions: dict[str, str] = {}
+def as_json(value: object) -> str:
+    """Return strict JSON: numbers that are not finite, which it cannot hold, become null."""
 
+    def finite(part: object) -> object:
+        if isinstance(part, dict):
+            return {key: finite(v) for key, v in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(v) for v in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
 
-def versions_once() -> dict[str, str]:
-    """Return `versions()`, asked only once a process: it starts git, and checkpoints are many."""
-    if not _versions:
-        _versions.update(versions())
-    return _versions
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def sync_folder(path: Path) -> None:

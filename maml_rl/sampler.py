@@ -144,27 +144,30 @@ class Sampler(AbstractContextManager["Sampler"]):
         wanted = torch.full((M,), K)
         taken = torch.zeros(M, dtype=torch.int64)
         live = torch.zeros(M, dtype=torch.int64)
-        waves = []
-        while bool((wanted > 0).any()):
+        waves, used = [], []
+        # A wave of K episodes has at least K live steps, so H waves always suffice, but where
+        # simulations diverge at their first step; then what there is has to do.
+        for _ in range(H):
             wave = self._rollout(params, tasks, seeds, taken, wanted, offset)
             waves.append(wave)
-            gained = wave.live_steps.cpu()
-            stuck = (wanted > 0) & (gained == 0)
-            if bool(stuck.any()):
-                task = int(stuck.nonzero()[0])
+            used.append(torch.arange(K) < wanted.unsqueeze(1))
+            taken += wanted
+            live += wave.live_steps.cpu()
+            if bool((live == 0).any()):
+                task = int((live == 0).nonzero()[0])
                 raise SamplingError(
                     f"task {offset + task} (seed {seeds[task]}): the simulation diverged at the "
                     "first step of every episode"
                 )
-            taken += wanted
-            live += gained
             if self._count == "episodes":
                 break
             # As many more as the mean length so far says, but never more than fit at once.
             missing = (K * H - live).clamp(min=0)
             needed = torch.ceil(missing * taken / live).long()
             wanted = needed.clamp(max=K)
-        return join_waves(waves)
+            if not bool((wanted > 0).any()):
+                break
+        return join_waves(waves, torch.cat(used, 1))
 
     def _rollout(
         self,
@@ -247,17 +250,20 @@ class Sampler(AbstractContextManager["Sampler"]):
         M, K = used.shape
         H, A = self.family.episode_steps, self.policy.action_size
         noise = np.zeros((M, K, H, A), np.float32)
-        starts: list[npt.NDArray[np.float64]] = []
+        starts: npt.NDArray[np.float64] | None = None
         for task in range(M):
-            for slot in range(K):
+            for slot in range(int(used[task].sum())):
                 index = int(taken[task]) + slot
                 # Not a list of ints, which NumPy rounds to 53 bits where one is above 2^63.
                 key = np.array([seeds[task], index], np.uint64)
                 rng = np.random.Generator(np.random.Philox(key=key))
-                starts.append(self.family.draw_start(rng))
-                if used[task, slot]:
-                    rng.standard_normal(dtype=np.float32, out=noise[task, slot])
-        return np.stack(starts), torch.from_numpy(noise)
+                start = self.family.draw_start(rng)
+                if starts is None:
+                    starts = np.zeros((M, K, len(start)))
+                starts[task, slot] = start
+                rng.standard_normal(dtype=np.float32, out=noise[task, slot])
+        assert starts is not None  # a wave has at least one episode
+        return starts.reshape(M * K, -1), torch.from_numpy(noise)
 
     def _refuse_actions(
         self, actions: Tensor, running: Tensor, seeds: Seeds, offset: int, t: int
@@ -279,12 +285,24 @@ class Sampler(AbstractContextManager["Sampler"]):
         self.close()
 
 
-def join_waves(waves: Sequence[Episodes]) -> Episodes:
-    """Join episodes of the same tasks along the episode axis."""
+def join_waves(waves: Sequence[Episodes], used: Tensor) -> Episodes:
+    """Join episodes of the same tasks along the episode axis, leaving out slots not used.
+
+    Args:
+        waves: W batches of K slots for each of M tasks.
+        used: (M, W K) bool: the slots that held an episode.
+    """
     if len(waves) == 1:
         return waves[0]
-    names = vars(waves[0])
-    return Episodes(**{n: torch.cat([getattr(w, n) for w in waves], 1) for n in names})
+    longest = int(used.sum(1).max())
+    order = torch.argsort(~used, dim=1, stable=True)[:, :longest]
+
+    def take(name: str) -> Tensor:
+        joined = torch.cat([getattr(w, name) for w in waves], 1)
+        index = order.to(joined.device).reshape(*order.shape, *[1] * (joined.ndim - 2))
+        return joined.gather(1, index.expand(*order.shape, *joined.shape[2:]))
+
+    return Episodes(**{name: take(name) for name in vars(waves[0])})
 
 
 def join_episodes(parts: Sequence[Episodes]) -> Episodes:

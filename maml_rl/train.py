@@ -22,9 +22,16 @@ from maml_rl.config import Experiment, InputError, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.maml import Chunks, MetaReport, meta_iteration
 from maml_rl.policy import GaussianPolicy, entropy
-from maml_rl.runs import Row, RunFolder, State, check_device
-from maml_rl.sampler import TRAINING, Sampler, SamplingError, task_generator, task_seeds
-from maml_rl.trained import TrainedPolicy, check_shapes, new_policy
+from maml_rl.runs import Row, RunFolder, State
+from maml_rl.sampler import (
+    TRAINING,
+    Sampler,
+    SamplingError,
+    task_generator,
+    task_seeds,
+    torch_threads,
+)
+from maml_rl.trained import TrainedPolicy, check_shapes, new_policy, to_device
 
 
 class Watcher(Protocol):
@@ -52,6 +59,8 @@ class Trainer:
     state: State
     sampler: Sampler
     chunks: Chunks
+    sampled_with: Params
+    """theta that sampled the last batch, and so earned its returns."""
 
     @classmethod
     def build(
@@ -73,8 +82,8 @@ class Trainer:
             threads=experiment.threads,
         )
         chunks = Chunks(experiment.threads, 1 if experiment.device == "cpu" else 0)
-        on_device = {name: p.to(experiment.device) for name, p in theta.items()}
-        return cls(experiment, policy, on_device, state, sampler, chunks)
+        on_device = to_device(theta, experiment.device)
+        return cls(experiment, policy, on_device, state, sampler, chunks, on_device)
 
     def step(self) -> Row:
         """Do one meta-iteration and return its metrics."""
@@ -84,22 +93,25 @@ class Trainer:
         tasks = torch.from_numpy(drawn)
         began = time.perf_counter()
         try:
-            self.theta, report = meta_iteration(
-                self.theta,
-                self.policy,
-                lambda params, phase: self.sampler.sample(
-                    params, tasks, task_seeds(TRAINING, seed, iteration, phase, M)
-                ),
-                M,
-                adaptation=experiment.adaptation,
-                advantages=experiment.advantages,
-                trust_region=experiment.trust_region,
-                chunks=self.chunks,
-                clock=time.perf_counter,
-            )
+            # Tasks share the threads among them; torch's own would only get in their way.
+            with torch_threads(1):
+                updated, report = meta_iteration(
+                    self.theta,
+                    self.policy,
+                    lambda params, phase: self.sampler.sample(
+                        params, tasks, task_seeds(TRAINING, seed, iteration, phase, M)
+                    ),
+                    M,
+                    adaptation=experiment.adaptation,
+                    advantages=experiment.advantages,
+                    trust_region=experiment.trust_region,
+                    chunks=self.chunks,
+                    clock=time.perf_counter,
+                )
         except SamplingError as error:
             raise RunStopped(f"iteration {iteration}, run seed {seed}: {error}", 3) from error
         row = self._metrics(report, time.perf_counter() - began)
+        self.sampled_with, self.theta = self.theta, updated
         adapted = float(row[f"return_{experiment.adaptation.inner_steps}"])
         better = adapted > self.state.best_return
         self.state = State(
@@ -177,6 +189,20 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+def record(folder: RunFolder, trainer: Trainer, row: Row) -> None:
+    """Write an iteration's metrics and checkpoint.
+
+    Raises:
+        RunStopped: if they cannot be written; the checkpoint before is kept.
+    """
+    best = trainer.sampled_with if trainer.just_improved else None
+    try:
+        folder.write_row(row)
+        folder.save(trainer.theta, trainer.state, best=best)
+    except OSError as error:
+        raise RunStopped(f"cannot write to {folder.path}: {error.strerror}", 3) from error
+
+
 def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | None) -> None:
     """Iterate until the experiment's last iteration, recording and saving after each.
 
@@ -190,8 +216,7 @@ def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | 
             while trainer.state.iteration < total:
                 row = trainer.step()
                 if folder is not None:
-                    folder.write_row(row)
-                    folder.save(trainer.theta, trainer.state, best=trainer.just_improved)
+                    record(folder, trainer, row)
                 if watch is not None:
                     watch(row, total)
                 if requested():
@@ -229,15 +254,11 @@ def meta_train(
         InputError: if the device, `out` or `init` cannot be used.
         RunStopped: if the run ended early; what was done is in `out`.
     """
-    check_device(experiment.device)
     fresh = new_policy(experiment, mean)
     theta = fresh.params
     if init is not None:
         source = RunFolder.open(Path(init))
-        try:
-            theta = check_shapes(source.load()[0], theta, source.path)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        theta = check_shapes(source.load()[0], theta, source.path)
     folder = None if out is None else RunFolder.create(Path(out), experiment)
     trainer = Trainer.build(experiment, fresh.policy, theta, FRESH)
     return _finish(trainer, folder, fresh, watch)
@@ -265,15 +286,19 @@ def resume(
     folder = RunFolder.open(Path(run))
     experiment = load_experiment(folder.config)
     theta, state = folder.load()
+    if iterations is not None and iterations < state.iteration:
+        raise InputError(
+            f"{run} has done {state.iteration} iterations; --iterations is the new total and must "
+            f"be at least that, got {iterations}"
+        )
+    fresh = new_policy(experiment, mean)
+    theta = check_shapes(theta, fresh.params, folder.path)
     if iterations is not None:
         experiment = replace(experiment, iterations=iterations)
+        fresh = replace(fresh, experiment=experiment)
         folder.rewrite_config(experiment)
-    check_device(experiment.device)
-    fresh = new_policy(experiment, mean)
     folder.drop_rows_from(state.iteration)
-    trainer = Trainer.build(
-        experiment, fresh.policy, check_shapes(theta, fresh.params, folder.path), state
-    )
+    trainer = Trainer.build(experiment, fresh.policy, theta, state)
     return _finish(trainer, folder, fresh, watch)
 
 
@@ -282,7 +307,7 @@ def _finish(
 ) -> TrainedPolicy:
     try:
         if folder is not None and trainer.state.iteration == 0:
-            folder.save(trainer.theta, trainer.state, best=False)
+            folder.save(trainer.theta, trainer.state, best=None)
         run_iterations(trainer, folder, watch)
     finally:
         trainer.close()
@@ -292,15 +317,23 @@ def _finish(
 
 
 def evaluate_policy(trained: TrainedPolicy) -> Evaluation:
-    """Test a policy by its experiment's evaluation settings."""
+    """Test a policy by its experiment's evaluation settings.
+
+    Raises:
+        RunStopped: if an adapted policy's action is not finite.
+    """
     experiment = trained.experiment
-    return evaluate(
-        trained.policy,
-        trained.params,
-        experiment.family,
-        settings=experiment.evaluation,
-        adaptation=experiment.adaptation,
-        advantages=experiment.advantages,
-        action_scale=experiment.policy.action_scale,
-        threads=experiment.threads,
-    )
+    try:
+        return evaluate(
+            trained.policy,
+            trained.params,
+            experiment.family,
+            settings=experiment.evaluation,
+            adaptation=experiment.adaptation,
+            advantages=experiment.advantages,
+            action_scale=experiment.policy.action_scale,
+            threads=experiment.threads,
+            tasks_at_once=experiment.sampling.tasks_at_once,
+        )
+    except SamplingError as error:
+        raise RunStopped(f"the test was stopped: {error}", 3) from error

@@ -12,11 +12,11 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.config import Experiment, load_experiment
+from maml_rl.config import Experiment, InputError, load_experiment
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.maml import Chunks
-from maml_rl.policy import GaussianPolicy, log_std, make_policy
-from maml_rl.runs import RunFolder
+from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
+from maml_rl.runs import RunFolder, check_device
 from maml_rl.sampler import TRAINING, Sampler
 
 
@@ -66,18 +66,22 @@ class TrainedPolicy:
             )
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
+        if episodes is not None and episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {episodes}")
         experiment = self.experiment
         settings = replace(experiment.evaluation, steps=steps)
-        chunks = Chunks(experiment.threads)
         params = self.params
-        with Sampler(
-            family,
-            self.policy,
-            tasks=1,
-            episodes=episodes or settings.episodes,
-            action_scale=experiment.policy.action_scale,
-            threads=experiment.threads,
-        ) as sampler:
+        with (
+            Chunks(experiment.threads) as chunks,
+            Sampler(
+                family,
+                self.policy,
+                tasks=1,
+                episodes=settings.episodes if episodes is None else episodes,
+                action_scale=experiment.policy.action_scale,
+                threads=experiment.threads,
+            ) as sampler,
+        ):
             for adapted, _ in adapt_to_tasks(
                 self.policy,
                 self.params,
@@ -92,7 +96,6 @@ class TrainedPolicy:
                 last=False,
             ):
                 params = {name: p[0].clone() for name, p in adapted.items()}
-        chunks.close()
         return replace(self, params=params, _rng=np.random.default_rng(seed))
 
     def act(
@@ -103,10 +106,11 @@ class TrainedPolicy:
         Clipped to the body's bounds. Stochastic unless `deterministic`, as in training.
         """
         rows = torch.as_tensor(np.asarray(observation, np.float32))
-        params = {name: p.cpu() for name, p in self.params.items()}
+        device = self.params[LOG_STD].device
         with torch.no_grad():
-            mean = self.policy.network(params, rows.reshape(-1, rows.shape[-1])).numpy()
-            std = np.exp(log_std(params).numpy())
+            batch = rows.reshape(-1, rows.shape[-1]).to(device)
+            mean = self.policy.network(self.params, batch).cpu().numpy()
+            std = np.exp(log_std(self.params).cpu().numpy())
         noise = 0.0 if deterministic else self._rng.standard_normal(mean.shape, dtype=np.float32)
         low, high = self.experiment.family.action_bounds
         scale = self.experiment.policy.action_scale
@@ -116,12 +120,31 @@ class TrainedPolicy:
 
 
 def new_policy(experiment: Experiment[TaskFamily], mean: nn.Module | None = None) -> TrainedPolicy:
-    """Return the untrained policy of an experiment, its mean an MLP or your own module."""
+    """Return the untrained policy of an experiment, its mean an MLP or your own module.
+
+    Raises:
+        InputError: if the experiment's device is not there, or the module's output has not one
+            number an action.
+    """
+    check_device(experiment.device)
     family = experiment.family
-    policy = make_policy(
-        experiment.policy, len(family.observation_columns), len(family.action_columns), mean
-    )
-    return TrainedPolicy(experiment, policy, policy.initial_parameters(experiment.seed))
+    inputs, outputs = len(family.observation_columns), len(family.action_columns)
+    module = None if mean is None else mean.to(experiment.device)
+    policy = make_policy(experiment.policy, inputs, outputs, module)
+    theta = to_device(policy.initial_parameters(experiment.seed), experiment.device)
+    with torch.no_grad():
+        shape = policy.network(theta, torch.zeros(3, inputs, device=experiment.device)).shape
+    if shape != (3, outputs):
+        raise InputError(
+            f"the policy's mean must map (3, {inputs}) observations to (3, {outputs}) actions, "
+            f"it gave {tuple(shape)}"
+        )
+    return TrainedPolicy(experiment, policy, theta)
+
+
+def to_device(params: Params, device: str) -> Params:
+    """Return parameters on a device."""
+    return {name: p.to(device) for name, p in params.items()}
 
 
 def load(
@@ -140,21 +163,23 @@ def load(
     folder = RunFolder.open(Path(run))
     theta, _ = folder.load(checkpoint)
     fresh = new_policy(load_experiment(folder.config), mean)
-    return replace(fresh, params=check_shapes(theta, fresh.params, folder.path))
+    theta = check_shapes(theta, fresh.params, folder.path)
+    return replace(fresh, params=to_device(theta, fresh.experiment.device))
 
 
 def check_shapes(theta: Params, expected: Params, where: Path) -> Params:
     """Return theta if names and shapes are those expected.
 
     Raises:
-        ValueError: with both descriptions side by side.
+        InputError: with both descriptions side by side.
     """
 
-    def describe(params: Params) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in params.items()}
+    def describe(params: Params) -> str:
+        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in params.items())
 
     if describe(theta) != describe(expected):
-        raise ValueError(
-            f"the checkpoint in {where} holds {describe(theta)}, expected {describe(expected)}"
+        raise InputError(
+            f"the checkpoint in {where} is of another policy: it holds {describe(theta)}; "
+            f"expected {describe(expected)}. A policy trained with a module of your own wants mean="
         )
     return theta

@@ -33,7 +33,7 @@ class TrustRegionSettings:
     def __post_init__(self) -> None:
         """Check ranges."""
         if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise ValueError(f"trust_region.max_kl must be above 0, got {self.max_kl}")
+            raise ValueError(f"trust_region.max_kl must be finite and above 0, got {self.max_kl}")
         if self.cg_iterations < 1:
             raise ValueError(
                 f"trust_region.cg_iterations must be at least 1, got {self.cg_iterations}"

@@ -84,6 +84,8 @@ def test_a_run_is_resumed_evaluated_and_trained_again_from_its_config(
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["evaluate"], "run"),
+        (["train", "quickstart", "--family.name"], "--family.name needs a value"),
+        (["speed", "--threads", "-1"], "threads must be at least 0"),
         (["speed", "--scale", "3"], "scale must be above 0 and at most 1"),
         (["list", "more"], "more"),
     ],
@@ -101,6 +103,24 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert sorted(p.name for p in elsewhere.rglob("*")) == ["file", "taken"]
+
+
+def test_bad_input_for_an_existing_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Negative steps and totals, a folder that cannot be made, brackets in a name: no traceback."""
+    assert run(["train", "navigation", *TINY, "--out", "a[/b]", "--quiet"]) == 0
+    for words, complaint in (
+        (["evaluate", "a[/b]", "--steps", "-1"], "steps must be at least 0, got -1"),
+        (["evaluate", "a[/b]", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
+        (["evaluate", "a[/b]", "--checkpoint", "beste"], "no whole checkpoint 'beste'"),
+        (["resume", "a[/b]", "--iterations", "0"], "has done 1 iterations"),
+        (["train", "half_cheetah_dir", *TINY, "--init", "a[/b]", "--quiet"], "another policy"),
+    ):
+        assert run(words) == 2
+        error = capsys.readouterr().err
+        assert complaint in error
+        assert error.count("\n") == 1
+    assert run(["evaluate", "a[/b]"]) == 0
+    assert "a[/b]/evaluation" in capsys.readouterr().out
 
 
 def test_help_and_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 import maml_rl
 from maml_rl.adapt import Params
 from maml_rl.config import InputError, load_experiment
-from maml_rl.runs import Row, RunFolder
+from maml_rl.runs import Row, RunFolder, State
 from maml_rl.train import RunStopped, evaluate_policy, meta_train, resume
 from tests.tiny import SETTINGS
 
@@ -59,10 +60,50 @@ def test_parameters_change_and_metrics_add_up(tmp_path: Path) -> None:
         *("backtracks", "cg_residual", "entropy"),
         *("explained_variance_0", "explained_variance_1", "diverged_worlds"),
     ]
+    assert "1" in {row["accepted"] for row in table}
     for row in table:
         assert float(row["kl"]) <= experiment.trust_region.max_kl
-        assert float(row["surrogate_after"]) <= float(row["surrogate_before"])
+        fell = float(row["surrogate_after"]) < float(row["surrogate_before"])
+        assert fell == (row["accepted"] == "1")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_best_holds_the_parameters_that_earned_the_best_return(tmp_path: Path) -> None:
+    """After one iteration that is the initial theta, which sampled the batch, not the updated."""
+    experiment = load_experiment("navigation", **{**SETTINGS, "iterations": 1})
+    trained = meta_train(experiment, out=tmp_path / "run")
+    best = maml_rl.load(tmp_path / "run", checkpoint="best")
+    assert same(best.params, maml_rl.new_policy(experiment).params)
+    assert not same(best.params, trained.params)
+
+
+def test_a_run_is_never_shortened(tmp_path: Path) -> None:
+    """resume refuses a total below what is done, and leaves the folder as it was."""
+    experiment = load_experiment("navigation", **{**SETTINGS, "iterations": 2})
+    meta_train(experiment, out=tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(InputError, match="has done 2 iterations"):
+        resume(tmp_path / "run", iterations=1)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: exit code 3 and a sentence."""
+    experiment = load_experiment("navigation", **SETTINGS)
+    good = RunFolder.save
+
+    def full(self: RunFolder, theta: Params, state: State, *, best: Params | None) -> None:
+        if state.iteration == 2:
+            raise OSError(28, "No space left on device")
+        good(self, theta, state, best=best)
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    with pytest.raises(RunStopped, match="No space left") as stopped:
+        meta_train(experiment, out=tmp_path / "run")
+    assert stopped.value.exit_code == 3
+    assert RunFolder.open(tmp_path / "run").load()[1].iteration == 1
 
 
 @pytest.mark.parametrize("inner_steps", [0, 2])
@@ -107,28 +148,17 @@ def test_a_signal_ends_the_run_after_saving(
 
     def interrupt(row: Row, total: int) -> None:
         if row["iteration"] == 0:
-            os.kill(os.getpid(), number)
+            # Falls into the middle of the second iteration or at its latest just after it.
+            threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
 
-    experiment = load_experiment("navigation", **SETTINGS)
-    with pytest.raises(RunStopped, match="after 2 of 3 iterations") as stopped:
-        meta_train(experiment, out=tmp_path / "run", watch=LateWatcher(interrupt))
+    experiment = load_experiment("navigation", **{**SETTINGS, "iterations": 400})
+    with pytest.raises(RunStopped, match=r"after \d+ of 400 iterations") as stopped:
+        meta_train(experiment, out=tmp_path / "run", watch=interrupt)
     assert stopped.value.exit_code == code
-    assert RunFolder.open(tmp_path / "run").load()[1].iteration == 2
+    done = RunFolder.open(tmp_path / "run").load()[1].iteration
+    assert 1 <= done < 400
+    assert len(rows(tmp_path / "run")) == done
     assert signal.getsignal(number) is before
-
-
-class LateWatcher:
-    """Calls `then` during the iteration after the one it is told of: here, just before it."""
-
-    def __init__(self, then: object) -> None:
-        self.then = then
-        self.calls = 0
-
-    def __call__(self, row: Row, total: int) -> None:
-        assert callable(self.then)
-        self.calls += 1
-        if self.calls == 2:
-            self.then({"iteration": 0}, total)
 
 
 class Broken(nn.Module):

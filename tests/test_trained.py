@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -67,6 +68,34 @@ def test_a_plain_gymnasium_loop_runs(tmp_path: Path) -> None:
     env.close()
 
 
+def test_a_module_as_the_mean_trains_as_the_mlp_does_at_any_number_of_threads() -> None:
+    """The same weights in a Sequential give the MLP's update, though threads share the module."""
+    # Few CG iterations, well damped: ten would magnify rounding between the two products.
+    experiment = maml_rl.load_experiment(
+        "half_cheetah_dir", **SETTINGS, trust_region__cg_iterations=2, trust_region__damping=0.1
+    )
+    mlp = maml_rl.new_policy(experiment)
+    layers = [nn.Linear(20, 8), nn.Linear(8, 5), nn.Linear(5, 6)]
+    module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            layer.weight.copy_(mlp.params[f"mean.{number}.weight"].T)
+            layer.bias.copy_(mlp.params[f"mean.{number}.bias"])
+    given = [p.detach().clone() for p in module.parameters()]
+    once = replace(experiment, iterations=1)
+    expected = maml_rl.meta_train(once).params
+    for threads in (1, 3):
+        trained = maml_rl.meta_train(replace(once, threads=threads), mean=module).params
+        for layer in range(3):
+            torch.testing.assert_close(
+                trained[f"mean.{2 * layer}.weight"].T,
+                expected[f"mean.{layer}.weight"],
+                rtol=1e-4,
+                atol=1e-5,
+            )
+    assert all(torch.equal(a, b) for a, b in zip(given, module.parameters(), strict=True))
+
+
 def test_adapting_to_nonsense_is_refused() -> None:
     """A task of no family, another body, negative steps."""
     experiment = maml_rl.load_experiment("half_cheetah_dir", **SETTINGS)
@@ -75,6 +104,8 @@ def test_adapting_to_nonsense_is_refused() -> None:
         policy.adapt(experiment.family, [0.5])
     with pytest.raises(ValueError, match=r"20 observations.*41"):
         policy.adapt(envs.make("ant_dir"), [1.0])
+    with pytest.raises(maml_rl.InputError, match=r"to \(3, 6\) actions, it gave \(3, 1\)"):
+        maml_rl.new_policy(experiment, nn.Linear(20, 1))
     with pytest.raises(ValueError, match="at least 0"):
         policy.adapt(experiment.family, [1.0], steps=-1)
 

@@ -1,0 +1,278 @@
+"""Held-out evaluation: which tasks, which step sizes, which numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from envs.ant import AntVel
+from envs.family import TaskFamily
+from envs.half_cheetah import HalfCheetahDir, HalfCheetahVel
+from envs.navigation import Navigation2D
+from maml_rl.adapt import Params, broadcast
+from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.episodes import pack
+from maml_rl.evaluate import (
+    Evaluation,
+    EvaluationSettings,
+    adapt_to_tasks,
+    evaluate,
+    make_test_tasks,
+    step_sizes,
+)
+from maml_rl.maml import AdaptationSettings, Chunks
+from maml_rl.policy import GaussianPolicy, PolicySettings, make_policy
+from maml_rl.sampler import (
+    TEST,
+    TEST_SEED,
+    TRAINING,
+    Sampler,
+    task_generator,
+    task_seeds,
+    torch_threads,
+)
+
+FAMILY = Navigation2D(horizon=6, goal_radius=0.05)
+SETTINGS = EvaluationSettings(tasks=4, episodes=3, steps=2)
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    with torch_threads(1):
+        yield
+
+
+def policy_of(family: TaskFamily) -> tuple[GaussianPolicy, Params]:
+    policy = make_policy(
+        PolicySettings(layers=(5,)), len(family.observation_columns), len(family.action_columns)
+    )
+    return policy, policy.initial_parameters(1)
+
+
+def run(
+    family: TaskFamily = FAMILY,
+    *,
+    settings: EvaluationSettings = SETTINGS,
+    inner_steps: int = 1,
+    step_size: float = 0.2,
+    action_scale: float = 1.0,
+    threads: int = 1,
+    tasks: npt.NDArray[np.float32] | None = None,
+) -> Evaluation:
+    policy, theta = policy_of(family)
+    return evaluate(
+        policy,
+        theta,
+        family,
+        settings=settings,
+        adaptation=AdaptationSettings(inner_steps=inner_steps, step_size=step_size),
+        advantages=AdvantageSettings(),
+        action_scale=action_scale,
+        threads=threads,
+        tasks=tasks,
+    )
+
+
+def check_same(one: Evaluation, other: Evaluation) -> None:
+    for name in ("tasks", "returns", "return_sds", "measures"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("family", [FAMILY, HalfCheetahVel(), AntVel()], ids=lambda f: f.name)
+def test_test_tasks_are_always_the_same_and_none_is_trained_on(family: TaskFamily) -> None:
+    """They depend on nothing but the family; more of them begin with the fewer; and no run seed's
+    training tasks share one with them."""
+    tasks = make_test_tasks(family, 7)
+    assert tasks.shape == (7, len(family.task_columns))
+    np.random.seed(0)  # The global state must not matter.
+    assert np.array_equal(make_test_tasks(family, 7), tasks)
+    assert len(np.unique(tasks, axis=0)) == 7
+    tested = set(map(tuple, tasks.tolist()))
+    for seed in (0, 1, TEST_SEED):
+        for iteration in range(5):
+            drawn = family.sample_tasks(7, task_generator(TRAINING, seed, iteration))
+            assert not tested & set(map(tuple, drawn.tolist()))
+
+
+@pytest.mark.parametrize(("count", "each"), [(4, 2), (5, 3), (1, 1)])
+def test_finite_families_use_each_task_equally_often(count: int, each: int) -> None:
+    """The count is rounded up to a multiple of the family's tasks."""
+    tasks = make_test_tasks(HalfCheetahDir(), count)
+    assert sorted(tasks[:, 0].tolist()) == [-1.0] * each + [1.0] * each
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "expected"),
+    [(0, [0.4, 0.1, 0.1, 0.1]), (1, [0.4, 0.1, 0.1, 0.1]), (3, [0.4, 0.4, 0.4, 0.1])],
+)
+def test_step_sizes_fall_after_the_steps_trained_for(
+    inner_steps: int, expected: list[float]
+) -> None:
+    """alpha for the first max(1, inner_steps) updates, then alpha times later_step_scale."""
+    sizes = step_sizes(
+        AdaptationSettings(inner_steps=inner_steps, step_size=0.4),
+        EvaluationSettings(steps=4, later_step_scale=0.25),
+    )
+    assert sizes == expected
+
+
+def evaluation(tasks: list[float], returns: list[float]) -> Evaluation:
+    """One gradient step that adds 100 to the returns of every other task."""
+    plain = np.array(returns)
+    later = plain + np.where(np.arange(len(returns)) % 2, 100.0, 0.0)
+    rows = np.stack([plain, later])
+    wanted = np.array(tasks, np.float32)[:, None]
+    return Evaluation(wanted, rows, np.zeros_like(rows), rows[..., None], 3)
+
+
+def test_half_width_by_hand() -> None:
+    """1.96 sd / sqrt(n), sd with divisor n - 1: of 1, 2, 3, 6 that is sqrt(14 / 3)."""
+    result = evaluation([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 6.0])
+    family = HalfCheetahVel()
+    assert math.isclose(result.half_width(family, 0), 1.96 * math.sqrt(14 / 3) / 2)
+    # 1, 102, 3, 106: mean 53, squares 2704, 2401, 2500, 2809.
+    assert math.isclose(result.half_width(family, 1), 1.96 * math.sqrt(10414 / 3) / 2)
+    assert math.isnan(evaluation([0.1], [1.0]).half_width(family, 0))
+
+
+def test_half_width_of_a_finite_family_is_over_repetitions_of_each_task() -> None:
+    """Backward 1, 3, 5 (variance 4), forward 100, 102 (variance 2): the mean of the 5 has variance
+    (3 * 4 + 2 * 2) / 25, whatever lies between the tasks."""
+    result = evaluation([-1.0, 1.0, -1.0, 1.0, -1.0], [1.0, 100.0, 3.0, 102.0, 5.0])
+    family = HalfCheetahDir()
+    assert math.isclose(result.half_width(family, 0), 1.96 * math.sqrt(16) / 5)
+    groups = {words: mask.tolist() for words, mask in result.groups(family)}
+    assert groups == {
+        "backward": [True, False, True, False, True],
+        "forward": [False, True, False, True, False],
+    }
+    # One repetition of a task says nothing of its spread.
+    assert math.isnan(evaluation([-1.0, 1.0], [1.0, 2.0]).half_width(family, 0))
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1])
+def test_evaluating_twice_gives_the_same_numbers(inner_steps: int) -> None:
+    """A policy meta-trained with inner steps or without: returns after 0, 1 and 2 gradient steps,
+    to the bit, on any number of threads."""
+    one = run(inner_steps=inner_steps)
+    assert one.returns.shape == one.return_sds.shape == (3, 4)
+    assert one.measures.shape == (3, 4, 1)
+    assert one.episodes == 3
+    assert np.isfinite(one.returns).all()
+    assert len({row.tobytes() for row in one.returns}) == 3
+    check_same(one, run(inner_steps=inner_steps))
+    check_same(one, run(inner_steps=inner_steps, threads=2))
+
+
+def test_episodes_are_of_the_test_stream_and_figures_are_theirs() -> None:
+    """Step 0 by hand: the sampler with seeds (TEST, TEST_SEED, 0, 0), mean and sd (divisor n) of
+    each task's returns over episodes, measures over live steps."""
+    result = run()
+    policy, theta = policy_of(FAMILY)
+    assert np.array_equal(result.tasks, make_test_tasks(FAMILY, 4))
+    with Sampler(FAMILY, policy, tasks=4, episodes=3) as sampler:
+        episodes = sampler.sample(
+            broadcast(theta, 4),
+            torch.from_numpy(result.tasks),
+            task_seeds(TEST, TEST_SEED, 0, 0, 4),
+        )
+    for task in range(4):
+        returns = [
+            float(episodes.rewards[task, e][episodes.alive[task, e]].sum()) for e in range(3)
+        ]
+        assert math.isclose(result.returns[0, task], np.mean(returns), rel_tol=1e-5)
+        assert math.isclose(result.return_sds[0, task], np.std(returns), rel_tol=1e-4)
+        distance = episodes.measures[task][episodes.alive[task]].mean()
+        assert math.isclose(result.measures[0, task, 0], float(distance), rel_tol=1e-5)
+
+
+def test_a_tasks_numbers_do_not_depend_on_the_other_tasks() -> None:
+    """The first two tasks alone give what they give among four."""
+    whole = run()
+    part = run(tasks=whole.tasks[:2])
+    check_same(
+        part,
+        Evaluation(
+            whole.tasks[:2],
+            whole.returns[:, :2],
+            whole.return_sds[:, :2],
+            whole.measures[:, :2],
+            3,
+        ),
+    )
+
+
+def test_measures_are_shown_the_wanted_way() -> None:
+    """A direction family's velocity counts backward for a backward task: at step 0 the return is
+    d times velocity less control cost, so measure = d v."""
+    family = HalfCheetahDir(horizon=5, control_cost=0.0)
+    result = run(family, settings=EvaluationSettings(tasks=2, episodes=3, steps=0))
+    assert result.returns.shape == (1, 2)
+    np.testing.assert_allclose(result.measures[0, :, 0], result.returns[0] / 5, rtol=1e-4)
+
+
+def test_the_action_scale_reaches_the_body() -> None:
+    """An action of 10 as the bound moves a tenth as far, so returns differ."""
+    assert not np.array_equal(run().returns[0], run(action_scale=10.0).returns[0])
+
+
+def test_each_update_learns_from_the_episodes_before_it() -> None:
+    """theta_k+1 = theta_k - size_k grad L on the episodes that came with theta_k; after the last
+    update there are none unless asked for. Episodes of each step are of that step's phase."""
+    policy, theta = policy_of(FAMILY)
+    tasks = make_test_tasks(FAMILY, 3)
+    sizes = [0.5, 0.125]
+    adaptation = AdaptationSettings(step_size=99.0, inner_loss="dice")
+    chunks = Chunks(1)
+    with Sampler(FAMILY, policy, tasks=3, episodes=4) as sampler:
+        found = list(
+            adapt_to_tasks(
+                policy,
+                theta,
+                sampler,
+                tasks,
+                adaptation=adaptation,
+                advantages=AdvantageSettings(),
+                sizes=sizes,
+                stream=TRAINING,
+                seed=8,
+                chunks=chunks,
+                last=False,
+            )
+        )
+        assert len(found) == 3
+        assert found[2][1] is None
+        for k, size in enumerate(sizes):
+            params, episodes = found[k]
+            assert episodes is not None
+            again = sampler.sample(
+                params, torch.from_numpy(tasks), task_seeds(TRAINING, 8, 0, k, 3)
+            )
+            assert torch.equal(again.actions[again.alive], episodes.actions[episodes.alive])
+            advantages, _ = estimate_advantages(episodes, AdvantageSettings())
+            inner = adaptation.inner_step(policy, size)
+            expected = inner(params, pack(episodes, advantages))
+            for name, p in expected.items():
+                torch.testing.assert_close(found[k + 1][0][name], p, rtol=1e-5, atol=1e-6)
+                assert (p - params[name]).abs().max() > 1e-4
+    chunks.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tasks": 0}, "evaluation.tasks must be at least 1, got 0"),
+        ({"episodes": 0}, "evaluation.episodes must be at least 1, got 0"),
+        ({"steps": -1}, "evaluation.steps must be at least 0, got -1"),
+        ({"later_step_scale": 0.0}, "evaluation.later_step_scale must be above 0, got 0.0"),
+        ({"later_step_scale": math.nan}, "evaluation.later_step_scale must be above 0, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings(**fields)  # type: ignore[arg-type]  # wrong on purpose
