@@ -21,6 +21,7 @@ from torch import Tensor
 
 from envs.family import (
     Column,
+    FamilyError,
     Floats,
     TaskFamily,
     Transition,
@@ -239,6 +240,12 @@ class DirectionGoal(LocomotionFamily):
     task_columns: ClassVar[tuple[Column, ...]] = (
         Column("direction", "sign", "-1 backward, +1 forward"),
     )
+
+    def __post_init__(self) -> None:
+        """Check the draw, then the body."""
+        if not isinstance(self.balanced, bool):
+            raise FamilyError(f"{self.name}: balanced must be true or false, got {self.balanced!r}")
+        super().__post_init__()
 
     @property
     def finite_tasks(self) -> npt.NDArray[np.float32]:

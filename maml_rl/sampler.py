@@ -145,9 +145,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         taken = torch.zeros(M, dtype=torch.int64)
         live = torch.zeros(M, dtype=torch.int64)
         waves, used = [], []
-        # A wave of K episodes has at least K live steps, so H waves always suffice, but where
-        # simulations diverge at their first step; then what there is has to do.
-        for _ in range(H):
+        # A wave of K episodes has at least K live steps, so H waves suffice unless simulations
+        # diverge at their first step. Where they keep doing so, what there is has to do.
+        for _ in range(3 * H):
             wave = self._rollout(params, tasks, seeds, taken, wanted, offset)
             waves.append(wave)
             used.append(torch.arange(K) < wanted.unsqueeze(1))

@@ -376,7 +376,8 @@ def test_what_each_protocol_decides() -> None:
         fast = envs.make("ant_vel", protocol=name)
         assert dataclasses.asdict(fast) == {**protocol, **shared, **speeds}
         assert fast.control_seconds == pytest.approx(seconds[name], abs=1e-15)
-        assert dataclasses.asdict(envs.make("ant_dir", protocol=name)) == {**protocol, **shared}
+        direction = {**protocol, **shared, "balanced": False}
+        assert dataclasses.asdict(envs.make("ant_dir", protocol=name)) == direction
     assert AntVel() == AntVel(protocol="paper")
 
 

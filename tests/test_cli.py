@@ -74,7 +74,10 @@ def test_a_run_is_resumed_evaluated_and_trained_again_from_its_config(
         (["train", "quickstart", "--seed"], "--seed"),
         (["train", "quickstart", "more"], "more"),
         (["train", "quickstart", "--sampling.tasks", "0"], "at least 1, got 0"),
-        (["train", "quickstart", "--trust-region.max-kl", "-1"], "max_kl must be above 0, got -1"),
+        (
+            ["train", "quickstart", "--trust-region.max-kl", "-1"],
+            "max_kl must be finite and above 0, got -1",
+        ),
         (["train", "quickstart", "--policy.nonlinearity", "gelu"], "gelu"),
         (["train", "quickstart", "--device", "cuda"], "device cuda is not there"),
         (["train", "quickstart", "--init", "nowhere"], "nowhere is not a run folder"),

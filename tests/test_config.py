@@ -86,7 +86,10 @@ def test_an_experiment_is_named_after_its_file_and_says_how_to_run_it(name: str)
         (MINIMAL.replace("4", "-4"), "iterations must be at least 0, got -4"),
         (MINIMAL + "sampling: {tasks: 0}\n", "sampling.tasks must be at least 1, got 0"),
         (MINIMAL + "advantages: {discount: 1.5}\n", "advantages.discount must be between 0 and 1"),
-        (MINIMAL + "trust_region: {max_kl: .nan}\n", "trust_region.max_kl must be above 0"),
+        (
+            MINIMAL + "trust_region: {max_kl: .nan}\n",
+            "trust_region.max_kl must be finite and above 0",
+        ),
         (MINIMAL + "adaptation: {inner_loss: dise}\n", "dise"),
         (MINIMAL + "device: tpu\n", "tpu"),
         (MINIMAL + "seed: -1\n", "seed must be between 0"),

@@ -382,3 +382,15 @@ def test_what_nothing_decides_is_refused() -> None:
     assert decided(0) == 0
     with pytest.raises(FamilyError, match="None"):
         decided(None)
+
+
+@pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
+def test_balanced_directions_are_equally_often_in_every_batch(name: str) -> None:
+    """With an even count the sum is 0, with an odd one -1 or +1, in an order that is drawn."""
+    family = envs.make(name, balanced=True)
+    rng = np.random.default_rng(4)
+    even = [family.sample_tasks(6, rng)[:, 0] for _ in range(20)]
+    assert {float(t.sum()) for t in even} == {0.0}
+    assert len({tuple(t) for t in even}) > 5
+    assert {float(family.sample_tasks(5, rng).sum()) for _ in range(20)} == {-1.0, 1.0}
+    assert {float(envs.make(name).sample_tasks(6, rng).sum()) for _ in range(20)} > {0.0}

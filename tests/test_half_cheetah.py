@@ -268,6 +268,7 @@ def test_what_each_protocol_decides() -> None:
         assert dataclasses.asdict(envs.make("half_cheetah_dir", protocol=name)) == {
             **protocol,
             **shared,
+            "balanced": False,
         }
     assert HalfCheetahVel() == HalfCheetahVel(protocol="paper")
 

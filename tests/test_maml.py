@@ -458,9 +458,18 @@ def test_tasks_are_cut_and_joined_again() -> None:
     ("make", "message"),
     [
         (lambda: AdaptationSettings(inner_steps=-1), "inner_steps must be at least 0, got -1"),
-        (lambda: AdaptationSettings(step_size=0.0), "step_size must be above 0, got 0.0"),
-        (lambda: AdaptationSettings(step_size=math.inf), "step_size must be above 0, got inf"),
-        (lambda: AdaptationSettings(step_size=math.nan), "step_size must be above 0, got nan"),
+        (
+            lambda: AdaptationSettings(step_size=0.0),
+            "step_size must be finite and above 0, got 0.0",
+        ),
+        (
+            lambda: AdaptationSettings(step_size=math.inf),
+            "step_size must be finite and above 0, got inf",
+        ),
+        (
+            lambda: AdaptationSettings(step_size=math.nan),
+            "step_size must be finite and above 0, got nan",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(

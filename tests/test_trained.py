@@ -86,10 +86,10 @@ def test_a_module_as_the_mean_trains_as_the_mlp_does_at_any_number_of_threads() 
     expected = maml_rl.meta_train(once).params
     for threads in (1, 3):
         trained = maml_rl.meta_train(replace(once, threads=threads), mean=module).params
-        for layer in range(3):
+        for number in range(3):
             torch.testing.assert_close(
-                trained[f"mean.{2 * layer}.weight"].T,
-                expected[f"mean.{layer}.weight"],
+                trained[f"mean.{2 * number}.weight"].T,
+                expected[f"mean.{number}.weight"],
                 rtol=1e-4,
                 atol=1e-5,
             )

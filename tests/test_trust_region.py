@@ -356,8 +356,11 @@ def test_what_is_accepted_is_better_and_near_and_all_else_changes_nothing(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrustRegionSettings(max_kl=0.0), "max_kl must be above 0, got 0.0"),
-        (lambda: TrustRegionSettings(max_kl=math.nan), "max_kl must be above 0, got nan"),
+        (lambda: TrustRegionSettings(max_kl=0.0), "max_kl must be finite and above 0, got 0.0"),
+        (
+            lambda: TrustRegionSettings(max_kl=math.nan),
+            "max_kl must be finite and above 0, got nan",
+        ),
         (lambda: TrustRegionSettings(cg_iterations=0), "cg_iterations must be at least 1, got 0"),
         (lambda: TrustRegionSettings(damping=-1.0), "damping must be at least 0, got -1.0"),
         (lambda: TrustRegionSettings(backtracks=0), "backtracks must be at least 1, got 0"),
