@@ -15,7 +15,6 @@ from envs.family import Column, FamilyError, Floats, check_choice, check_range, 
 from envs.locomotion import (
     AXES,
     CENTER_OF_MASS,
-    CENTER_OF_MASS_VELOCITY,
     DirectionGoal,
     LocomotionFamily,
     SpeedGoal,
@@ -103,6 +102,7 @@ class Ant(LocomotionFamily):
     soft_solimp: tuple[float, float, float] = (0.8, 0.8, 0.01)
     """MuJoCo's solimp (dmin, dmax, width in m) of the soft contact."""
 
+    paper_sensors: ClassVar[tuple[str, ...]] = (CENTER_OF_MASS, *AXES)
     protocols: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
             "frame_skip": 1,
@@ -175,15 +175,6 @@ class Ant(LocomotionFamily):
     def state_sizes(self) -> tuple[int, int]:
         """(nq, nv)."""
         return 15, 14
-
-    @property
-    def sensors(self) -> tuple[str, ...]:
-        """What observation and velocity read."""
-        observed = {"paper": (CENTER_OF_MASS, *AXES), "gymnasium": ()}[decided(self.observation)]
-        moved = {"center-of-mass": (CENTER_OF_MASS_VELOCITY,), "root": ()}[
-            decided(self.velocity_of)
-        ]
-        return observed + moved
 
     def build_model(self, sensors: tuple[str, ...]) -> mujoco.MjModel:
         """Compile Gymnasium's ant.xml with this family's timestep and contact."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from envs.family import Column, Floats, check_range, decided
 from envs.locomotion import (
     CENTER_OF_MASS,
-    CENTER_OF_MASS_VELOCITY,
     DirectionGoal,
     LocomotionFamily,
     SpeedGoal,
@@ -67,6 +66,7 @@ class HalfCheetah(LocomotionFamily):
     total_mass: float = 14.0
     """Mass of the whole body, kg."""
 
+    paper_sensors: ClassVar[tuple[str, ...]] = (CENTER_OF_MASS,)
     protocols: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
             "frame_skip": 1,
@@ -119,15 +119,6 @@ class HalfCheetah(LocomotionFamily):
     def state_sizes(self) -> tuple[int, int]:
         """(nq, nv)."""
         return 9, 9
-
-    @property
-    def sensors(self) -> tuple[str, ...]:
-        """What observation and velocity read."""
-        observed = {"paper": (CENTER_OF_MASS,), "gymnasium": ()}[decided(self.observation)]
-        moved = {"center-of-mass": (CENTER_OF_MASS_VELOCITY,), "root": ()}[
-            decided(self.velocity_of)
-        ]
-        return observed + moved
 
     def build_model(self, sensors: tuple[str, ...]) -> mujoco.MjModel:
         """Compile Gymnasium's half_cheetah.xml with the wanted total mass."""

@@ -121,6 +121,8 @@ class LocomotionFamily(TaskFamily):
     )
     protocols: ClassVar[Mapping[str, Mapping[str, object]]]
     """For each protocol, the values of the fields it decides."""
+    paper_sensors: ClassVar[tuple[str, ...]]
+    """Names of the torso's sensors in the `paper` observation."""
 
     def __post_init__(self) -> None:
         """Fill what the protocol decides, then check ranges."""
@@ -176,9 +178,11 @@ class LocomotionFamily(TaskFamily):
         """The body's (nq, nv)."""
 
     @property
-    @abstractmethod
     def sensors(self) -> tuple[str, ...]:
         """Names of the torso's sensors that observation and reward read."""
+        observed = {"paper": self.paper_sensors, "gymnasium": ()}[decided(self.observation)]
+        moved = {"center-of-mass": (CENTER_OF_MASS_VELOCITY,), "root": ()}
+        return observed + moved[decided(self.velocity_of)]
 
     def draw_start(self, rng: np.random.Generator) -> Floats:
         """Draw reset noise for qpos, then for qvel, (nq + nv,), as Gymnasium does."""

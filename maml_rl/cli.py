@@ -54,7 +54,7 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What every command that trains takes."""
+    """What every command that runs an experiment takes."""
 
     quiet: Switch = False
     """Print nothing but errors."""
@@ -83,7 +83,7 @@ class ResumeOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(RunOptions):
     """Test a run's policy: return against gradient steps."""
 
     run: tyro.conf.Positional[Path]
@@ -94,10 +94,6 @@ class EvaluateOptions:
     """latest, previous, or best by training return after adaptation."""
     steps: int | None = None
     """Gradient steps; by default the experiment's."""
-    quiet: Switch = False
-    """Print nothing but errors."""
-    allow_import: Switch = False
-    """Let the experiment import code of yours, named package.module:Class or :function."""
 
 
 @dataclass(frozen=True, kw_only=True)
