@@ -59,7 +59,7 @@ def learning_curve(run: Path, out: Path) -> None:
         axes.fill_between(million, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("control steps sampled (millions)")
     axes.set_ylabel("return of an episode")
-    axes.set_title(f"{run.name}: training tasks, mean and standard deviation over tasks")
+    axes.set_title(f"{run.name}: mean and spread over training tasks")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
