@@ -19,7 +19,7 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings
 from maml_rl.episodes import Episodes, pack
-from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, estimate_in_chunks
+from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, chunk_size, estimate_in_chunks
 from maml_rl.policy import GaussianPolicy
 from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_generator, task_seeds
 
@@ -181,7 +181,7 @@ def evaluate(
         tasks: (T, P) to use in place of the test tasks.
     """
     chosen = make_test_tasks(family, settings.tasks) if tasks is None else tasks
-    size = 1 if next(iter(theta.values())).device.type == "cpu" else 0
+    size = chunk_size(len(chosen), next(iter(theta.values())).device.type)
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
     with (

@@ -67,11 +67,18 @@ class Collect(Protocol):
         """Sample M tasks with parameters (M, ...); `phase` counts inner steps taken."""
 
 
-class Chunks:
-    """Applies a function to chunks of tasks on a few threads of one torch thread each.
+def chunk_size(tasks: int, device: str) -> int:
+    """Return how many tasks go through together: all on a GPU, on a CPU up to four.
 
-    One task's arrays fit in a core's cache where forty do not. On a GPU, one chunk holds all.
+    A few tasks' arrays fit in a core's cache where forty do not, and one task's are so small that
+    threads wait for Python. Four, or the next smaller number that divides the tasks evenly,
+    whatever the number of threads.
     """
+    return tasks if device != "cpu" else next(n for n in (4, 3, 2, 1) if tasks % n == 0)
+
+
+class Chunks:
+    """Applies a function to chunks of tasks on a few threads of one torch thread each."""
 
     def __init__(self, threads: int = 0, size: int = 1) -> None:
         """Make a pool of `threads` threads (0: one a core) and chunks of `size` tasks (0: all)."""

@@ -20,7 +20,7 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.config import Experiment, InputError, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
-from maml_rl.maml import Chunks, MetaReport, meta_iteration
+from maml_rl.maml import Chunks, MetaReport, chunk_size, meta_iteration
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.runs import Row, RunFolder, State
 from maml_rl.sampler import (
@@ -81,7 +81,7 @@ class Trainer:
             action_scale=experiment.policy.action_scale,
             threads=experiment.threads,
         )
-        chunks = Chunks(experiment.threads, 1 if experiment.device == "cpu" else 0)
+        chunks = Chunks(experiment.threads, chunk_size(settings.tasks, experiment.device))
         on_device = to_device(theta, experiment.device)
         return cls(experiment, policy, on_device, state, sampler, chunks, on_device)
 
