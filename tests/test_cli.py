@@ -202,3 +202,20 @@ def test_a_foreign_envs_package_is_named(elsewhere: Path) -> None:
     assert done.returncode == 2
     assert str(elsewhere / "envs" / "__init__.py") in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_mujoco_without_batches_is_told_which_version_is_needed() -> None:
+    """One sentence with the pip command that cures it, exit 2."""
+    code = (
+        "import sys; sys.modules['mujoco.batch'] = None; sys.argv = ['maml-rl', 'list']; "
+        "from maml_rl.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(maml_rl.__file__).parent.parent,
+    )
+    assert done.returncode == 2
+    assert "pip install 'mujoco>=3.17'" in done.stderr
+    assert done.stderr.count("\n") == 1
