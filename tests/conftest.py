@@ -5,15 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
 
+from maml_rl.sampler import torch_threads
+
 if TYPE_CHECKING:
     from gymnasium.envs.mujoco import MujocoEnv
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """As in training; two threads that wait for each other take 40 times as long on a busy core."""
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture

@@ -37,16 +37,10 @@ from maml_rl.policy import (
 )
 
 # torch.func.hessian differentiates forward, and torch itself warns of what it loads for that.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """As in training; two threads that wait for each other take 40 times as long on a busy core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 
 M, O, A, ALPHA = 3, 3, 2, 0.07  # noqa: E741  # the page's letter

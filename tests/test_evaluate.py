@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +33,13 @@ from maml_rl.sampler import (
     Sampler,
     task_generator,
     task_seeds,
-    torch_threads,
 )
 
 FAMILY = Navigation2D(horizon=6, goal_radius=0.05)
 SETTINGS = EvaluationSettings(tasks=4, episodes=3, steps=2)
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    with torch_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def policy_of(family: TaskFamily) -> tuple[GaussianPolicy, Params]:

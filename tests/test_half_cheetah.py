@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import gymnasium
 import mujoco
@@ -19,6 +18,7 @@ import torch
 import envs
 from envs.family import FamilyError
 from envs.half_cheetah import HalfCheetah, HalfCheetahDir, HalfCheetahVel
+from tests.plain_mujoco import moments, single, velocity
 
 if TYPE_CHECKING:
     from gymnasium.envs.mujoco import MujocoEnv
@@ -38,46 +38,6 @@ def unedited(tmp_path_factory: pytest.TempPathFactory) -> mujoco.MjModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("log"))
         return mujoco.MjModel.from_xml_path(str(FILE))
-
-
-def single(values: npt.ArrayLike) -> list[float]:
-    """The values in float32, to be compared exactly."""
-    rounded: list[float] = np.asarray(values, np.float32).tolist()
-    return rounded
-
-
-class Moment(NamedTuple):
-    """One control step of one world: every field of the present state, and x before the step."""
-
-    data: mujoco.MjData
-    x_before: float
-    action: list[float]
-
-
-def moments(
-    model: mujoco.MjModel, start: Floats, actions: Floats, substeps: int
-) -> Iterator[Moment]:
-    """The start, then every control step, by mj_step alone; derived fields from mj_forward."""
-    data = mujoco.MjData(model)
-    data.qpos[:] = model.qpos0 + start[:9]
-    data.qvel[:] = start[9:]
-    for t in range(len(actions) + 1):
-        x_before = float(data.qpos[0])
-        action = [0.0] * 6 if t == 0 else [min(1.0, max(-1.0, float(a))) for a in actions[t - 1]]
-        data.ctrl[:] = action
-        for _ in range(substeps if t else 0):
-            mujoco.mj_step(model, data)
-        now = copy.copy(data)
-        mujoco.mj_forward(model, now)
-        mujoco.mj_subtreeVel(model, now)
-        yield Moment(now, x_before, action)
-
-
-def velocity(protocol: str, moment: Moment) -> float:
-    """x velocity, m/s: the centre of mass's now, or the root's over the control step."""
-    if protocol == "paper":
-        return float(moment.data.subtree_linvel[moment.data.body("torso").id, 0])
-    return (float(moment.data.qpos[0]) - moment.x_before) / 0.05
 
 
 def named(data: mujoco.MjData) -> dict[str, float]:
@@ -112,7 +72,9 @@ def test_reward_measure_and_ending_by_hand(
         worlds.reset(torch.tensor(tasks)[:, None], starts)
         steps = [worlds.step(torch.from_numpy(action)) for action in actions]
     for i, task in enumerate(single(tasks)):
-        alone = moments(unedited, starts[i], actions[:, i].astype(float), SUBSTEPS[protocol])
+        qpos, qvel = unedited.qpos0 + starts[i, :9], starts[i, 9:]
+        moves = actions[:, i].astype(float)
+        alone = moments(unedited, qpos, qvel, moves, SUBSTEPS[protocol])
         next(alone)
         for step, moment in zip(steps, alone, strict=True):
             v = velocity(protocol, moment)
@@ -138,7 +100,9 @@ def test_every_entry_of_an_observation_is_what_its_column_says(
         seen += [worlds.step(torch.from_numpy(action)).observations for action in actions]
     names = [column.name for column in family.observation_columns]
     for i in range(2):
-        alone = moments(unedited, starts[i], actions[:, i].astype(float), SUBSTEPS[protocol])
+        qpos, qvel = unedited.qpos0 + starts[i, :9], starts[i, 9:]
+        moves = actions[:, i].astype(float)
+        alone = moments(unedited, qpos, qvel, moves, SUBSTEPS[protocol])
         for observations, moment in zip(seen, alone, strict=True):
             data = moment.data
             blocks = [data.qpos[1:], data.qvel]

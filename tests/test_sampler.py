@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,10 +48,7 @@ def family(request: pytest.FixtureRequest) -> TaskFamily:
     return FAMILIES[request.param]
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    with torch_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def policy_of(family: TaskFamily) -> GaussianPolicy:

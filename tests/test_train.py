@@ -17,6 +17,7 @@ from torch import nn
 import maml_rl
 from maml_rl.adapt import Params
 from maml_rl.config import InputError, load_experiment
+from maml_rl.maml import chunk_size
 from maml_rl.runs import Row, RunFolder, State
 from maml_rl.train import RunStopped, evaluate_policy, meta_train, resume
 from tests.tiny import SETTINGS
@@ -44,6 +45,13 @@ def test_the_same_seed_gives_the_same_parameters_bit_for_bit(name: str) -> None:
     split = replace(experiment, sampling=replace(experiment.sampling, tasks_at_once=3))
     assert same(first, meta_train(split).params)
     assert not same(first, meta_train(replace(experiment, seed=1)).params)
+
+
+@pytest.mark.parametrize(("tasks", "size"), [(40, 4), (6, 3), (10, 2), (7, 1), (1, 1)])
+def test_chunks_divide_the_tasks_evenly(tasks: int, size: int) -> None:
+    """On a CPU the largest of 4, 3, 2, 1 that divides them; on a GPU all at once."""
+    assert chunk_size(tasks, "cpu") == size
+    assert chunk_size(tasks, "cuda") == tasks
 
 
 def test_parameters_change_and_metrics_add_up(tmp_path: Path) -> None:
