@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, TypeVar
@@ -113,6 +113,10 @@ class Worlds(ABC):
     @abstractmethod
     def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
         """Advance worlds by one control step; `actions` (N, A) in the body's own unit, clipped."""
+
+    def state(self, world: int) -> Mapping[str, Floats]:
+        """Return what the simulator holds of one world, by name, for reports; may be empty."""
+        return {}
 
     def close(self) -> None:
         """Release what the worlds hold."""

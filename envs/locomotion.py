@@ -310,3 +310,11 @@ class LocomotionWorlds(Worlds):
             diverged=physics.diverged,
             measures=velocity.float()[:, None],
         )
+
+    def state(self, world: int) -> Mapping[str, Floats]:
+        """Return qpos (m, rad or quaternion) and qvel (m/s, rad/s)."""
+        physics = self.physics
+        return {
+            "qpos": physics.qpos[world].numpy().copy(),
+            "qvel": physics.qvel[world].numpy().copy(),
+        }

@@ -6,7 +6,8 @@ The only module that touches `mujoco.batch`. Results are bit-identical to a plai
 
 from __future__ import annotations
 
-import warnings
+import ctypes
+import os
 
 import mujoco
 import torch
@@ -22,12 +23,15 @@ except ImportError as missing:
         "pip install 'mujoco>=3.17'"
     ) from missing
 
+STATE_FIELDS = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl")
+"""What a world's future depends on."""
+
 
 class CpuPhysics:
     """N worlds of one model: positions, velocities and named sensors as live tensors.
 
     `where` is a bool mask (N,), or None for all; the worlds left out are not touched. Not
-    picklable, and not usable in a process forked after it was made.
+    picklable. A process forked after it was made notices, and goes on with threads of its own.
 
     Attributes:
         qpos: (N, nq) float64, a live view: valid until the next call.
@@ -39,25 +43,46 @@ class CpuPhysics:
     def __init__(self, model: mujoco.MjModel, count: int, *, threads: int = 0) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        # A world of its own for every simulation lets a step continue from the sensors' stage.
-        # Without sensors there is no such stage, and sharing worlds saves memory.
-        self._batch = Batch(model, count, threads, persistent=model.nsensor > 0)
+        self.model = model
+        self.count = count
+        self._threads = threads
+        self.diverged = torch.zeros(count, dtype=torch.bool)
         self._stage = (
             mujoco.mjtStage.mjSTAGE_VEL if model.nsensor else mujoco.mjtStage.mjSTAGE_NONE
         ).value
-        self.model = model
-        self.count = count
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        """Make the batch and its views."""
+        # A world of its own for every simulation lets a step continue from the sensors' stage.
+        # Without sensors there is no such stage, and sharing worlds saves memory.
+        self._process = os.getpid()
+        self._batch = Batch(
+            self.model, self.count, self._threads, persistent=self.model.nsensor > 0
+        )
         self.qpos = torch.from_numpy(self._batch.bind("qpos"))
         self.qvel = torch.from_numpy(self._batch.bind("qvel"))
         self._ctrl = torch.from_numpy(self._batch.bind("ctrl"))
-        self.diverged = torch.zeros(count, dtype=torch.bool)
         # (N, kinds of warning): how often each was raised; the other entry is where. MuJoCo zeroes
         # them whenever it resets a world, so they are read and zeroed here, never compared.
         self._warnings = self._batch.warning[:, :, 1]
-        with warnings.catch_warnings():
-            # Derived fields are read-only in NumPy, and torch has no such notion. None is written.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._sensors = torch.from_numpy(self._batch.bind("sensordata"))
+        self._sensors = self._batch.bind("sensordata")
+
+    def _check_process(self) -> None:
+        """After a fork, begin anew from the state of the parent's worlds.
+
+        Only the thread that forked is alive in the child: a call on the inherited batch would
+        wait for ever for threads that are not there, and so would its destructor.
+        """
+        if self._process == os.getpid():
+            return
+        inherited = self._batch
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # so that it is never destroyed
+        self._start_threads()
+        for field in STATE_FIELDS:
+            self._batch.bind(field)[:] = inherited.bind(field)
+        if self._stage:
+            self._batch.forward(None, stage=self._stage)
 
     @property
     def threads(self) -> int:
@@ -65,13 +90,14 @@ class CpuPhysics:
         return int(self._batch.nthread)
 
     def sensor(self, name: str) -> Tensor:
-        """Return one sensor's readings of the present state, (N, size) float64, a live view."""
+        """Return one sensor's readings of the present state, (N, size) float64, a copy."""
         sensor = self.model.sensor(name)
         start = int(sensor.adr[0])
-        return self._sensors[:, start : start + int(sensor.dim[0])]
+        return torch.from_numpy(self._sensors[:, start : start + int(sensor.dim[0])].copy())
 
     def data(self, world: int) -> mujoco.MjData:
         """Return a copy of one world with its derived fields computed, for drawing it."""
+        self._check_process()
         data = self._batch.get_data(world)
         mujoco.mj_forward(self.model, data)
         return data
@@ -81,6 +107,7 @@ class CpuPhysics:
 
         A state that MuJoCo cannot take counts as diverged in the next step.
         """
+        self._check_process()
         mask = None if where is None else where.numpy()
         self._batch.reset(mask, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         if where is None:
@@ -97,6 +124,7 @@ class CpuPhysics:
 
     def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
         """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""
+        self._check_process()
         self._ctrl.copy_(ctrl)
         mask = None if where is None else where.numpy()
         failed = None

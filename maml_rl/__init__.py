@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING
 from maml_rl._version import __version__
 
 if TYPE_CHECKING:
-    from maml_rl.config import Experiment, InputError, load_experiment
+    from maml_rl.config import Experiment, load_experiment
+    from maml_rl.errors import CheckpointError, InputError, RunStopped, RunWarning
     from maml_rl.evaluate import Evaluation
-    from maml_rl.train import RunStopped, evaluate_policy, meta_train, resume
+    from maml_rl.train import evaluate_policy, meta_train, resume
     from maml_rl.trained import TrainedPolicy, load, new_policy
 
 HOMES = {
     "Experiment": "config",
-    "InputError": "config",
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "RunStopped": "errors",
+    "RunWarning": "errors",
     "load_experiment": "config",
     "Evaluation": "evaluate",
-    "RunStopped": "train",
     "evaluate_policy": "train",
     "resume": "train",
     "meta_train": "train",
@@ -39,10 +42,12 @@ HOMES = {
 """The module that each public name comes from; imported when first asked for."""
 
 __all__ = [
+    "CheckpointError",
     "Evaluation",
     "Experiment",
     "InputError",
     "RunStopped",
+    "RunWarning",
     "TrainedPolicy",
     "__version__",
     "evaluate_policy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import maml_rl
+from maml_rl.signals import exit_code, raise_on_terminate
 
 
 def main() -> None:
@@ -12,12 +13,16 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"maml-rl {maml_rl.__version__}")
         return
+    raise_on_terminate()
     try:
         maml_rl.check_envs()
         from maml_rl.cli import run
     except ImportError as error:
         print(f"maml-rl: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print("maml-rl: interrupted", file=sys.stderr)
+        sys.exit(exit_code(interrupt))
     sys.exit(run(sys.argv[1:]))
 
 

@@ -11,31 +11,35 @@ import difflib
 import inspect
 import itertools
 import json
-import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TextIO
 
+import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import envs
 from envs import TaskFamily
 from envs.references import allow_imports
 from maml_rl import config, speed
-from maml_rl.config import Experiment, InputError, experiment_words
-from maml_rl.evaluate import Evaluation
-from maml_rl.runs import Row, RunFolder, check_device
-from maml_rl.train import RunStopped, Watcher, evaluate_policy, meta_train, resume
-from maml_rl.trained import TrainedPolicy, load
+from maml_rl.config import Experiment, experiment_words
+from maml_rl.errors import InputError, RunStopped, RunWarning
+from maml_rl.inspection import inspect_run
+from maml_rl.replay import play, read_dump
+from maml_rl.runs import RunFolder
+from maml_rl.signals import exit_code
+from maml_rl.terminal import evaluation_notes, evaluation_table, step_words, watching
+from maml_rl.train import evaluate_policy, meta_train, resume
+from maml_rl.trained import TrainedPolicy, check_device, load
+from maml_rl.versions import differences
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 
@@ -45,6 +49,8 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
   maml-rl train EXPERIMENT     meta-train a policy; EXPERIMENT is a YAML file or a shipped name
   maml-rl resume RUN           go on with an interrupted run, or extend a finished one
   maml-rl evaluate RUN         test a run's policy: return against gradient steps
+  maml-rl inspect RUN          what a run or a checkpoint holds, and whether it is whole
+  maml-rl replay DUMP          see again a simulation that broke down in training
   maml-rl list                 task families, their settings, and the experiments that ship
   maml-rl speed                how fast this machine samples and updates
 
@@ -90,10 +96,28 @@ class EvaluateOptions(RunOptions):
     """The run folder."""
     out: Path | None = None
     """Where to write evaluation.csv and summary.json; by default RUN/evaluation."""
-    checkpoint: str = "latest"
-    """latest, previous, or best by training return after adaptation."""
+    checkpoint: Literal["latest", "previous", "best"] = "latest"
+    """The newest, the one before it, or the best by training return after adaptation."""
     steps: int | None = None
     """Gradient steps; by default the experiment's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Print what a run folder or a checkpoint holds, and whether it is whole."""
+
+    path: tyro.conf.Positional[Path]
+    """A run folder, or a checkpoint such as RUN/checkpoints/best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """See again a simulation that broke down in training."""
+
+    dump: tyro.conf.Positional[Path]
+    """A file that a stopped run wrote, RUN/dumps/iteration-N.json."""
+    allow_import: Switch = False
+    """Let the dump's experiment import code of yours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,152 +142,6 @@ class Importing(ExitStack):
             if "" not in sys.path and os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
             self.enter_context(allow_imports())
-
-
-class Lines:
-    """Prints one line an iteration, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __enter__(self) -> Watcher:
-        return self.show
-
-    def __exit__(self, *exception: object) -> None:
-        return
-
-    def show(self, row: Row, total: int) -> None:
-        """Print one iteration."""
-        seconds = float(row["seconds_sampling"]) + float(row["seconds_updating"])
-        self._console.print(
-            f"iteration {int(row['iteration']) + 1}/{total}  {numbers_that_matter(row)}  "
-            f"{seconds:.1f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-class Bar:
-    """Shows a progress bar with the time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task("", total=None, numbers="first iteration ...")
-
-    def __enter__(self) -> Watcher:
-        self._progress.start()
-        return self.show
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def show(self, row: Row, total: int) -> None:
-        """Move the bar by one iteration."""
-        self._progress.update(
-            self._task,
-            total=total,
-            completed=int(row["iteration"]) + 1,
-            numbers=numbers_that_matter(row),
-        )
-
-
-class Silence:
-    """Shows nothing."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, *exception: object) -> None:
-        return
-
-
-def numbers_that_matter(row: Row) -> str:
-    """Return an iteration's returns before and after adaptation, KL, and whether it was refused."""
-    steps = sum(1 for name in row if name.startswith("return_") and not name.endswith("_sd")) - 1
-    parts = [f"return {float(row['return_0']):.1f}"]
-    if steps:
-        parts = [
-            f"return before {float(row['return_0']):.1f}",
-            f"after {steps} step{'s' * (steps > 1)} {float(row[f'return_{steps}']):.1f}",
-        ]
-    parts.append(f"KL {float(row['kl']):.4f}")
-    if row["refused_because"]:
-        parts.append(f"update refused: {row['refused_because']}")
-    if row["diverged_worlds"]:
-        parts.append(f"{row['diverged_worlds']} simulations diverged")
-    return ", ".join(parts)
-
-
-def watching(console: Console, quiet: bool) -> Bar | Lines | Silence:
-    """Return how to show progress here: a bar on a terminal, lines elsewhere, or nothing."""
-    if quiet:
-        return Silence()
-    return Bar(console) if console.is_terminal else Lines(console)
-
-
-def step_words(steps: int) -> str:
-    """Return "before adapting", "after 1 gradient step" and so on."""
-    return "before adapting" if steps == 0 else f"after {steps} gradient step{'s' * (steps > 1)}"
-
-
-def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
-    """Return return against gradient steps as a table in plain words."""
-    measure = family.measure_columns[0] if family.measure_columns else None
-    groups = list(evaluation.groups(family))
-    title = (
-        f"How {family.name} does on {len(evaluation.tasks)} test tasks that training never saw"
-        if family.finite_tasks is None
-        else f"How {family.name} does on fresh episodes of the training tasks"
-    )
-    # Narrow enough for a terminal of 80 columns with two kinds of task.
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("return", justify="right", no_wrap=True)
-    if measure is not None and not groups:
-        table.add_column(f"{measure.name} ({measure.unit})", justify="right")
-    for name, _ in groups:
-        table.add_column(f"{name}\nreturn", justify="right")
-        if measure is not None:
-            table.add_column(f"{name}\n{measure.unit}", justify="right")
-    for step, returns in enumerate(evaluation.returns):
-        width = evaluation.half_width(family, step)
-        interval = "" if math.isnan(width) else f" ± {width:.1f}"
-        cells = [step_words(step), f"{returns.mean():.1f}{interval}"]
-        if measure is not None and not groups:
-            cells.append(f"{evaluation.measures[step, :, 0].mean():.2f}")
-        for _, mask in groups:
-            cells.append(f"{returns[mask].mean():.1f}")
-            if measure is not None:
-                cells.append(f"{evaluation.measures[step, mask, 0].mean():.2f}")
-        table.add_row(*cells)
-    return table
-
-
-def evaluation_notes(evaluation: Evaluation, family: TaskFamily) -> str:
-    """Return what a newcomer needs to read the table."""
-    notes = [
-        "Return: sum of an episode's rewards, mean over tasks, ± half its 95 % interval.",
-        f"Before each gradient step a task's policy acts for {evaluation.episodes} episodes, "
-        "which are all that the step learns from.",
-    ]
-    if family.finite_tasks is not None and family.measure_columns:
-        measure = family.measure_columns[0]
-        notes.append(f"{measure.unit}: mean {measure.name} the wanted way.")
-    return " ".join(notes)
 
 
 def method_name(experiment: Experiment[TaskFamily]) -> str:
@@ -292,7 +170,9 @@ def train_command(words: Sequence[str], console: Console) -> None:
     allowed = any(config.normal_flag(w) == "allow_import" for w in flags)
     ours = [f.name for f in dataclasses.fields(TrainOptions)]
     with Importing(allowed):
-        family, arguments = experiment_words(config.find_experiment(target), flags, ignored=ours)
+        file = config.find_experiment(target)
+        tree = config.read_yaml(file)
+        family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 
         # The family decides the flags, so the command's arguments are put together here; what
         # they are no static type can say, hence Any.
@@ -315,21 +195,32 @@ def train_command(words: Sequence[str], console: Console) -> None:
             RunFolder.open(options.init)
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
-        with watching(console, options.quiet) as watch:
-            try:
+        with going_on(path):
+            with watching(console, options.quiet) as watch:
                 trained = meta_train(experiment, out=path, init=options.init, watch=watch)
-            except RunStopped as stopped:
-                raise with_resume_line(stopped, path) from stopped
-        report_evaluation(console, trained, RunFolder.open(path), None, options.quiet)
+            report_evaluation(console, trained, RunFolder.open(path), None, options.quiet)
     if not options.quiet:
         console.print(f"Run folder: {path}", highlight=False, soft_wrap=True)
 
 
-def with_resume_line(stopped: RunStopped, path: Path) -> RunStopped:
-    """Add the line to type to go on, where a signal stopped the run and not a fault."""
-    if stopped.exit_code < 128:
-        return stopped
-    return RunStopped(f"{stopped}. Go on with: maml-rl resume {path}", stopped.exit_code)
+@contextmanager
+def going_on(path: Path) -> Iterator[None]:
+    """Add the line to type to go on, where a signal ends a run or its test and not a fault.
+
+    Raises:
+        RunStopped: in place of KeyboardInterrupt, where there is a run to go on with.
+    """
+    line = f"Go on with: maml-rl resume {path}"
+    try:
+        yield
+    except RunStopped as stopped:
+        if stopped.exit_code < 128:
+            raise
+        raise RunStopped(f"{stopped}. {line}", stopped.exit_code) from stopped
+    except KeyboardInterrupt as interrupt:
+        if not (path / "config.yaml").exists():
+            raise
+        raise RunStopped(f"interrupted. {line}", exit_code(interrupt)) from interrupt
 
 
 def describe(experiment: Experiment[TaskFamily]) -> str:
@@ -348,12 +239,10 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
     options = config.parse_with_tyro(ResumeOptions, words, "maml-rl resume")
-    with Importing(options.allow_import), watching(console, options.quiet) as watch:
-        try:
+    with Importing(options.allow_import), going_on(options.run):
+        with watching(console, options.quiet) as watch:
             trained = resume(options.run, iterations=options.iterations, watch=watch)
-        except RunStopped as stopped:
-            raise with_resume_line(stopped, options.run) from stopped
-    report_evaluation(console, trained, RunFolder.open(options.run), None, options.quiet)
+        report_evaluation(console, trained, RunFolder.open(options.run), None, options.quiet)
 
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
@@ -370,6 +259,43 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
             trained = dataclasses.replace(trained, experiment=experiment)
         folder = RunFolder.open(options.run)
         report_evaluation(console, trained, folder, options.out, options.quiet)
+
+
+def inspect_command(words: Sequence[str], console: Console) -> None:
+    """`maml-rl inspect`."""
+    options = config.parse_with_tyro(InspectOptions, words, "maml-rl inspect")
+    inspect_run(options.path, console)
+
+
+def replay_command(words: Sequence[str], console: Console) -> None:
+    """`maml-rl replay`."""
+    options = config.parse_with_tyro(ReplayOptions, words, "maml-rl replay")
+    with Importing(options.allow_import):
+        dump = read_dump(options.dump)
+        broken, family = dump.divergence, dump.experiment.family
+        again = play(family, broken.task, broken.start, broken.actions)
+    last = len(broken.actions) - 1
+    console.print(
+        f"{family.name}, task {family.describe_task(broken.task)}: iteration {dump.iteration}, "
+        f"task {broken.task_index} (seed {broken.task_seed}), episode {broken.episode}, "
+        f"control step {last}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, values in {**dump.state, "action": broken.actions[-1]}.items():
+        numbers = " ".join(f"{v:.6g}" for v in values)
+        console.print(f"  {name}: {numbers}", highlight=False, soft_wrap=True)
+    if again.diverged_at != last:
+        what = (
+            "did not break down"
+            if again.diverged_at is None
+            else f"broke down at control step {again.diverged_at}"
+        )
+        made_with = ", ".join(differences(dump.versions)) or "the versions that are here"
+        raise RunStopped(f"here the simulation {what}; the dump was made with {made_with}", 3)
+    same = all(np.array_equal(again.state[n], v) for n, v in dump.state.items())
+    how = "from the very same state" if same else "from a state that differs in its last digits"
+    console.print(f"The simulation broke down again in this step, {how}.", soft_wrap=True)
 
 
 def list_command(words: Sequence[str], console: Console) -> None:
@@ -458,6 +384,8 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Console], None]] = {
     "train": train_command,
     "resume": resume_command,
     "evaluate": evaluate_command,
+    "inspect": inspect_command,
+    "replay": replay_command,
     "list": list_command,
     "speed": speed_command,
 }
@@ -484,14 +412,38 @@ def run(words: Sequence[str]) -> int:
             near = difflib.get_close_matches(words[0], COMMANDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
             raise InputError(f"there is no command {words[0]!r}: {hint}")
-        COMMANDS[words[0]](words[1:], console)
+        with printed_warnings():
+            COMMANDS[words[0]](words[1:], console)
     except RunStopped as stopped:
         print(f"maml-rl: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except (InputError, envs.FamilyError) as error:
         print(f"maml-rl: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("maml-rl: interrupted", file=sys.stderr)
-        return 130
+        return exit_code(interrupt)
     return 0
+
+
+@contextmanager
+def printed_warnings() -> Iterator[None]:
+    """Print every RunWarning on stderr as a sentence, each time it comes."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, RunWarning):
+            print(f"maml-rl: {message}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        before, warnings.showwarning = warnings.showwarning, show
+        yield

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import yaml
 import envs
 from envs import TaskFamily
 from maml_rl.advantages import AdvantageSettings
+from maml_rl.errors import InputError
 from maml_rl.evaluate import EvaluationSettings
 from maml_rl.maml import AdaptationSettings
 from maml_rl.policy import PolicySettings
@@ -33,9 +35,11 @@ C = TypeVar("C")
 
 FAMILY_NAME = "family.name"
 
+LARGEST_FILE = 2**20
+"""Bytes of an experiment file beyond which it is refused unread."""
 
-class InputError(ValueError):
-    """What the user gave is wrong; the message is a sentence or two that says how to mend it."""
+_PARSING = threading.Lock()
+"""tyro prints its complaints, and where print goes is one setting for all threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class Experiment(Generic[F]):
     """Where the policy is evaluated and updated; physics runs on the CPU."""
     threads: int = 0
     """Threads of physics and of the update; 0 is one a core."""
+    max_refused: int = 20
+    """Updates refused in a row after which the run ends."""
     policy: PolicySettings = field(default_factory=PolicySettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     advantages: AdvantageSettings = field(default_factory=AdvantageSettings)
@@ -69,6 +75,8 @@ class Experiment(Generic[F]):
             raise ValueError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
         if self.threads < 0:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
+        if self.max_refused < 1:
+            raise ValueError(f"max_refused must be at least 1, got {self.max_refused}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(
                 "name must be letters, digits, '.', '_' and '-', since a folder is named after "
@@ -111,6 +119,30 @@ def find_experiment(name: str) -> Path:
     raise InputError(f"there is no experiment file {name!r}, and none of that name ships: {hint}")
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Reads YAML without tags, aliases and repeated keys.
+
+    An alias lets a small file unfold into one that fills the memory; of two equal keys one would
+    be ignored.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse aliases."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        """Refuse repeated keys."""
+        keys = [str(key.value) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands there twice", node.value[number][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, object]:
     """Read an experiment file into nested mappings.
 
@@ -118,16 +150,30 @@ def read_yaml(path: Path) -> dict[str, object]:
         InputError: if it is no readable YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{path} is too large for an experiment: {path.stat().st_size} bytes")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text file") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> dict[str, object]:
+    """Read an experiment's text into nested mappings.
+
+    Raises:
+        InputError: if it is no YAML mapping, naming the source.
+    """
+    try:
+        # A subclass of SafeLoader: no tag makes it run code.
+        content = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
-        raise InputError(f"{path} is not plain YAML: {first}") from error
+        raise InputError(f"{source} is not plain YAML: {first}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings; expected `name:`, `family:` and so on")
+        raise InputError(f"{source} holds no settings; expected `name:`, `family:` and so on")
     return content
 
 
@@ -220,7 +266,7 @@ def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:
     wants_help = bool({"--help", "-h"} & set(arguments))
     complaint = io.StringIO()
     try:
-        with contextlib.ExitStack() as stack:
+        with _PARSING, contextlib.ExitStack() as stack:
             if not wants_help:
                 stack.enter_context(contextlib.redirect_stderr(complaint))
                 stack.enter_context(contextlib.redirect_stdout(complaint))
@@ -266,26 +312,26 @@ def family_from(tree: Mapping[str, object], override: str | None, source: str) -
 
 
 def experiment_words(
-    path: Path, flags: Sequence[str], *, ignored: Sequence[str] = ()
+    tree: Mapping[str, object], source: str, flags: Sequence[str], *, ignored: Sequence[str] = ()
 ) -> tuple[type[TaskFamily], list[str]]:
     """Return an experiment's family and all its settings as command-line words, flags last.
 
     Args:
-        path: the YAML file.
+        tree: what the YAML file holds.
+        source: the file's name, for messages.
         flags: what stands on the command line after it.
         ignored: flags of the command that are no settings of the experiment.
 
     Raises:
         InputError: for an unknown family or key.
     """
-    tree = read_yaml(path)
     override, rest = split_family_name(flags)
     try:
-        family = envs.family_class(family_from(tree, override, str(path)))
+        family = envs.family_class(family_from(tree, override, source))
     except envs.FamilyError as error:
         raise InputError(str(error)) from error
     in_file = {str(key): value for key, value in leaves(tree)}
-    check_keys(list(in_file), family, str(path))
+    check_keys(list(in_file), family, source)
     in_file.pop(FAMILY_NAME, None)
     given = [normal_flag(w) for w in rest if w.startswith("--")]
     check_keys([g for g in given if g not in (*ignored, "help")], family, "command line")
@@ -300,8 +346,21 @@ def load_experiment(name: str | Path, **overrides: object) -> Experiment[TaskFam
     Raises:
         InputError: if the file or an override is wrong.
     """
-    flags = as_flags({key.replace("__", "."): value for key, value in overrides.items()})
-    family, arguments = experiment_words(find_experiment(str(name)), flags)
+    path = find_experiment(str(name))
+    return experiment_from(
+        read_yaml(path), str(path), **{k.replace("__", "."): v for k, v in overrides.items()}
+    )
+
+
+def experiment_from(
+    tree: Mapping[str, object], source: str, **overrides: object
+) -> Experiment[TaskFamily]:
+    """Build an experiment from nested mappings and overrides by dotted path.
+
+    Raises:
+        InputError: if either is wrong, naming the source.
+    """
+    family, arguments = experiment_words(tree, source, as_flags(overrides))
     return parse_with_tyro(experiment_type(family), arguments, "maml-rl")
 
 

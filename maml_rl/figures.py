@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from maml_rl.config import InputError, parse_with_tyro
+from maml_rl.config import parse_with_tyro
+from maml_rl.errors import InputError
 from maml_rl.runs import RunFolder, read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

@@ -8,6 +8,7 @@ the number of threads.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from maml_rl.policy import GaussianPolicy, kl_divergence, log_density, log_std
 from maml_rl.trust_region import Report, TrustRegionSettings, trust_region_step
 
 T = TypeVar("T")
+
+INNER_STEP_NOT_FINITE = "inner step not finite"
+"""Why an update was refused before it was begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +88,19 @@ class Chunks:
         """Make a pool of `threads` threads (0: one a core) and chunks of `size` tasks (0: all)."""
         self.threads = threads or len(os.sched_getaffinity(0))
         self.size = size
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        self._process = os.getpid()
         self._pool = ThreadPoolExecutor(
             self.threads, "maml-rl", initializer=torch.set_num_threads, initargs=(1,)
         )
 
     def map(self, function: Callable[[int, int], T], tasks: int) -> list[T]:
         """Return function(start, stop) of every chunk, in task order."""
+        if self._process != os.getpid():
+            # After a fork: the parent's threads are not here.
+            self._start_threads()
         size = self.size or tasks
         starts = range(0, tasks, size)
         return list(self._pool.map(lambda s: function(s, min(s + size, tasks)), starts))
@@ -279,7 +290,8 @@ class MetaReport:
     """What one meta-iteration saw and did."""
 
     episodes: tuple[Episodes, ...]
-    """Before adaptation, after one inner step, and so on: inner_steps + 1 batches."""
+    """Before adaptation, after one inner step, and so on: inner_steps + 1 batches, or fewer
+    where an inner step was not finite."""
     explained_variance: tuple[float, ...]
     """Of each batch's baseline, mean over tasks."""
     step: Report
@@ -315,6 +327,10 @@ def meta_iteration(
         fits.append(float(explained.mean()))
         if phase < adaptation.inner_steps:
             points.append(adapt_in_chunks(inner, points[-1], batches[-1], chunks))
+            if not all(bool(torch.isfinite(p).all()) for p in points[-1].values()):
+                # Nothing can be sampled with such parameters.
+                refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
+                return theta, MetaReport(tuple(sampled), tuple(fits), refused, sampling)
     objective = MetaObjective(inner, points, batches[:-1], batches[-1], chunks)
     old = flatten(theta)
     new, report = trust_region_step(objective, old, trust_region)

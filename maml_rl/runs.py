@@ -5,96 +5,51 @@ RUN/versions.json                 what it was made with
 RUN/metrics.csv                   one row an iteration
 RUN/tensorboard/                  the same numbers as events
 RUN/checkpoints/latest, previous, best
-    parameters.safetensors  state.json  manifest.json
+RUN/dumps/                        simulations that broke down, for `maml-rl replay`
 RUN/evaluation/                   evaluation.csv, summary.json
+RUN/.lock                         while a process trains here
+
+Holds no absolute path and no link: a run folder may be copied, moved or committed.
 """
 
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
-import importlib.metadata
-import json
-import math
+import io
 import os
-import platform
 import shutil
-import subprocess
+import socket
+import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import torch
 
 from envs.family import TaskFamily
-from maml_rl._version import __version__
 from maml_rl.adapt import Params
-from maml_rl.config import Experiment, InputError, family_name, to_yaml
+from maml_rl.checkpoints import Checkpoint, Checkpoints, Origin, State, as_json, origin_of
+from maml_rl.config import Experiment, family_name
+from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import Evaluation
-
-FORMAT = 1
-PARAMETERS, STATE, MANIFEST = "parameters.safetensors", "state.json", "manifest.json"
+from maml_rl.locks import FolderLock, holder
+from maml_rl.versions import versions
 
 Row = Mapping[str, float | int | str | bool]
 
 
-@functools.cache
-def versions() -> Mapping[str, str]:
-    """Return versions of everything a result depends on, and the git commit if there is one."""
-    found = {"python": platform.python_version(), "maml-rl": __version__}
-    for package in ("torch", "mujoco", "gymnasium", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    commit = git_commit()
-    return found | ({"git": commit} if commit else {})
-
-
-def git_commit() -> str:
-    """Return the commit of the checkout this package runs from, or ''; "+" if edited since."""
-    here = Path(__file__).parent
-    try:
-        ours = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True
-        )
-        if ours.returncode:
-            return ""
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return ""
-    return described.stdout.strip()
-
-
-@dataclass(frozen=True)
-class State:
-    """What a run continues from, beside its parameters. All randomness follows from these."""
-
-    iteration: int
-    """Iterations done."""
-    env_steps: int
-    """Control steps sampled for training."""
-    best_return: float
-    """Best return after adaptation of any batch; -inf before the first."""
-    best_iteration: int
-    """The iteration that sampled it."""
-
-
-class CheckpointError(InputError):
-    """A checkpoint is missing or not whole."""
-
-
 class RunFolder:
-    """One run's folder."""
+    """One run's folder. Close it, or use it in a `with` statement, where it is written to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._events: object | None = None
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lock: FolderLock | None = None
+        self._origin: Origin | None = None
+        self._events: Events | None = None
+        # Not written yet: to metrics.csv, to TensorBoard.
+        self._rows: list[Row] = []
+        self._points: list[Row] = []
 
     @property
     def config(self) -> Path:
@@ -119,31 +74,41 @@ class RunFolder:
     @classmethod
     def check_free(cls, path: Path) -> None:
         """Raise InputError where `path` cannot become a new run folder."""
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; choose another folder with --out DIR")
-        if path.is_dir() and any(path.iterdir()):
-            raise InputError(
-                f"{path} exists and is not empty; choose another folder with --out DIR"
-            )
+        try:
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{path} is a file; choose another folder with --out DIR")
+            if path.is_dir() and any(path.iterdir()):
+                user = holder(path)
+                what = f"is in use by {user}" if user else "exists and is not empty"
+                raise InputError(f"{path} {what}; choose another folder with --out DIR")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     @classmethod
-    def create(cls, path: Path, experiment: Experiment[TaskFamily]) -> RunFolder:
-        """Make a new run folder.
+    def create(cls, path: Path, experiment: Experiment[TaskFamily], theta: Params) -> RunFolder:
+        """Make a new run folder with a first checkpoint, and lock it.
 
         Raises:
             InputError: if it exists and is not empty, or cannot be written.
         """
         cls.check_free(path)
+        folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-            (path / "versions.json").write_text(as_json(versions()))
+            check_space(path, theta)
+            folder.lock()
+            folder._origin = origin_of(experiment)
+            folder.save(theta, State(0, 0, -np.inf, -1), best=None)
+            write_whole(path / "versions.json", as_json(versions()))
+            # Last, since it is what makes a folder a run's.
+            folder.rewrite_config(experiment)
         except OSError as error:
-            raise InputError(
-                f"cannot write the run folder {path}: {error.strerror}; "
-                "choose another with --out DIR"
-            ) from error
-        return cls(path)
+            folder.close()
+            raise cannot_write(path, error) from error
+        except InputError:
+            folder.close()
+            raise
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -153,129 +118,118 @@ class RunFolder:
             InputError: if it is none.
         """
         if not (path / "config.yaml").is_file():
-            raise InputError(f"{path} is not a run folder: it has no config.yaml")
+            kept = path / "checkpoints" / "latest" / "config.yaml"
+            hint = f"; {kept} is a copy of what it was" if kept.is_file() else ""
+            raise InputError(f"{path} is not a run folder: it has no config.yaml{hint}")
         return cls(path)
 
+    def lock(self) -> None:
+        """Keep other processes from training here until closed.
+
+        Raises:
+            InputError: if one does already, naming it, or if the folder cannot be written.
+        """
+        try:
+            self._lock = FolderLock(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
     def rewrite_config(self, experiment: Experiment[TaskFamily]) -> None:
-        """Replace the resolved experiment, as when a run is extended."""
-        with replacing(self.config) as partial:
-            partial.write_text(to_yaml(experiment), encoding="utf-8")
+        """Replace the resolved experiment, as when a run is extended.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._origin = origin_of(experiment)
+        write_whole(self.config, self._origin.config)
+
+    def go_on_from(self, found: Checkpoint, experiment: Experiment[TaskFamily]) -> None:
+        """Make the folder as it was when a checkpoint was saved, to train on from there.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        try:
+            self.checkpoints.set_aside(found)
+            self.drop_rows_from(found.state.iteration)
+            self.rewrite_config(experiment)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def write_row(self, row: Row) -> None:
-        """Append one iteration to metrics.csv and to TensorBoard."""
-        new = not self.metrics.exists()
-        with self.metrics.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        step = int(row["iteration"])
-        events = self._writer(step)
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "iteration":
-                events.add_scalar(name, float(value), step)
-        events.flush()
+        """Append one iteration to metrics.csv and to TensorBoard.
 
-    def _writer(self, step: int):  # type: ignore[no-untyped-def]  # imported on demand: it is slow
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        return self._events
+        Where that fails training can go on: a RunWarning says so, and the row is tried again
+        with the next.
+        """
+        self._rows.append(row)
+        self._points.append(row)
+        try:
+            append_rows(self.metrics, self._rows)
+            self._rows.clear()
+            if self._events is None:
+                step = int(self._points[0]["iteration"])
+                self._events = Events(self.path / "tensorboard", step)
+            while self._points:
+                self._events.add(self._points[0])
+                self._points.pop(0)
+        except OSError as error:
+            warnings.warn(
+                f"iteration {row['iteration']} cannot be written to {self.metrics} and "
+                f"TensorBoard's file: {error.strerror}; training goes on, and what is missing is "
+                "tried again with the next",
+                RunWarning,
+                stacklevel=2,
+            )
 
     def drop_rows_from(self, iteration: int) -> None:
-        """Remove metrics of iterations that a resumed run will do again."""
-        if not self.metrics.exists():
+        """Remove metrics of iterations that a resumed run will do again, and half-written ones."""
+        try:
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
             return
-        with self.metrics.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-        if not rows:
-            return
-        kept = [rows[0], *(r for r in rows[1:] if r and int(r[0]) < iteration)]
-        with replacing(self.metrics) as partial, partial.open("w", newline="") as file:
-            csv.writer(file).writerows(kept)
+        whole = text[: text.rfind("\n") + 1]
+        rows = list(csv.reader(io.StringIO(whole)))
+        header, expected = rows[:1], len(rows[0]) if rows else 0
+        kept = [
+            r for r in rows[1:] if len(r) == expected and r[0].isdigit() and int(r[0]) < iteration
+        ]
+        out = io.StringIO()
+        csv.writer(out).writerows(header + kept)
+        write_whole(self.metrics, out.getvalue())
 
-    def save(self, theta: Params, state: State, *, best: Params | None) -> None:
+    def save(self, theta: Params, state: State, *, best: tuple[Params, State] | None) -> None:
         """Save a checkpoint as `latest`, keeping the one before.
 
         Args:
             theta: parameters after `state.iteration` iterations.
             state: all else.
-            best: parameters that sampled the best batch so far, to save as `best`, if they are new.
+            best: what sampled the best batch so far, to save as `best`, if it is new.
+
+        Raises:
+            OSError: if it cannot be written; the old ones are kept.
         """
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        if best is not None:
-            self._save_as(folder / "best", best, state)
-        latest, previous = folder / "latest", folder / "previous"
-        new = self._write_checkpoint(folder / ".new", theta, state)
-        if latest.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            os.replace(latest, previous)
-        os.replace(new, latest)
-        sync_folder(folder)
+        assert self._origin is not None, "a folder only opened for reading"
+        self.checkpoints.save(theta, state, self._origin, best=best)
 
-    def _save_as(self, target: Path, theta: Params, state: State) -> None:
-        new = self._write_checkpoint(target.with_name(f".{target.name}"), theta, state)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(new, target)
-
-    @staticmethod
-    def _write_checkpoint(target: Path, theta: Params, state: State) -> Path:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        tensors = {name: p.detach().cpu().contiguous() for name, p in theta.items()}
-        contents = {
-            PARAMETERS: safetensors.torch.save(tensors),
-            STATE: as_json(asdict(state)).encode(),
-        }
-        manifest = {
-            "format": FORMAT,
-            "order": list(theta),
-            "versions": versions(),
-            "sha256": {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()},
-        }
-        contents[MANIFEST] = as_json(manifest).encode()
-        for name, content in contents.items():
-            with (target / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_folder(target)
-        return target
-
-    def load(self, which: str = "latest") -> tuple[Params, State]:
+    def load(self, which: str = "latest") -> Checkpoint:
         """Load a checkpoint.
 
         Raises:
-            CheckpointError: if it is missing or not whole.
+            CheckpointError: if it is missing or not whole, and for `latest` the others too.
         """
-        folder = self.path / "checkpoints" / which
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            contents = {name: (folder / name).read_bytes() for name in (PARAMETERS, STATE)}
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path} has no whole checkpoint {which!r}") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {folder} has format {manifest.get('format')}; "
-                f"this version of maml-rl reads format {FORMAT}"
-            )
-        try:
-            for name, content in contents.items():
-                if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
-                    raise CheckpointError(
-                        f"checkpoint {folder}: {name} is damaged (sha256 differs)"
-                    )
-            tensors = safetensors.torch.load(contents[PARAMETERS])
-            theta = {name: tensors[name] for name in manifest["order"]}
-            saved = json.loads(contents[STATE])
-            best = -math.inf if saved["best_return"] is None else saved["best_return"]
-            return theta, State(**saved | {"best_return": best})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {folder} lacks an entry: {error}") from error
+        return self.checkpoints.load(which)
+
+    def write_dump(self, name: str, dump: Mapping[str, object]) -> Path:
+        """Write what is needed to see a simulation break down again, and return the file.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        path = self.path / "dumps" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, as_json(dump))
+        return path
 
     def evaluation_folder(self, out: Path | None = None) -> Path:
         """Make the folder for a test's figures: `out`, or the run's own.
@@ -332,10 +286,127 @@ class RunFolder:
         (folder / "summary.json").write_text(as_json(summary))
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
+        """Close TensorBoard's file and release the lock."""
         if self._events is not None:
-            self._events.close()  # type: ignore[attr-defined]  # a SummaryWriter
+            self._events.close()
             self._events = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+class Events:
+    """TensorBoard's file of a run, written at once: a full disk is told to the caller."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Begin a file; readers forget what earlier files say of `step` and later.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        # Imported on demand: it is slow.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = (folder / f"events.out.tfevents.{stamp}").open("ab", buffering=0)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(file_version="brain.Event:2")
+        self._write(step=step, session_log=start)
+
+    def _write(self, **entries: object) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        event = self._event(wall_time=time.time(), **entries)
+        RecordWriter(record).write(event.SerializeToString())
+        append(self._file, record.getvalue())
+
+    def add(self, row: Row) -> None:
+        """Add the numbers of one row of metrics.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        values = [
+            self._summary.Value(tag=name, simple_value=float(value))
+            for name, value in row.items()
+            if isinstance(value, int | float) and name != "iteration"
+        ]
+        self._write(step=int(row["iteration"]), summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Append rows to a CSV file, with a header where it is new; all or none.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    with path.open("ab", buffering=0) as file:
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+        append(file, text.getvalue().encode())
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Append to a file all or nothing, and wait until the disk has it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    size = file.seek(0, os.SEEK_END)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) or 0 :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside the old one, and swap it in only when the disk has all of it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """Return what to tell a user whose run folder cannot be written."""
+    return InputError(
+        f"cannot write the run folder {path}: {error.strerror}; choose another with --out DIR"
+    )
+
+
+def check_space(path: Path, theta: Params) -> None:
+    """Raise InputError where the disk has no room for four checkpoints and some metrics."""
+    wanted = 4 * sum(p.numel() * p.element_size() for p in theta.values()) + 2**18
+    free = shutil.disk_usage(path).free
+    if free < wanted:
+        raise InputError(
+            f"the disk of {path} is full: {free / 2**20:.1f} MiB are free, a run takes at least "
+            f"{wanted / 2**20:.1f}; choose another with --out DIR"
+        )
 
 
 def summarise(evaluation: Evaluation, family: TaskFamily) -> list[dict[str, object]]:
@@ -363,41 +434,12 @@ def summarise(evaluation: Evaluation, family: TaskFamily) -> list[dict[str, obje
     return result
 
 
-def as_json(value: object) -> str:
-    """Return strict JSON: numbers that are not finite, which it cannot hold, become null."""
-
-    def finite(part: object) -> object:
-        if isinstance(part, dict):
-            return {key: finite(v) for key, v in part.items()}
-        if isinstance(part, list | tuple):
-            return [finite(v) for v in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
-
-
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def count_rows(path: Path) -> int:
+    """Return how many iterations a metrics.csv holds; 0 if there is none."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class replacing:  # noqa: N801  # reads as a statement
-    """Write a whole file beside the old one, and swap it in only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-
-    def __enter__(self) -> Path:
-        return self._partial
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            os.replace(self._partial, self._path)
+        return max(0, path.read_text(encoding="utf-8", errors="replace").count("\n") - 1)
+    except FileNotFoundError:
+        return 0
 
 
 def read_metrics(path: Path) -> dict[str, Sequence[float]]:
@@ -406,14 +448,3 @@ def read_metrics(path: Path) -> dict[str, Sequence[float]]:
         rows = list(csv.DictReader(file))
     words = {"refused_because", "accepted"}
     return {n: [float(r[n]) for r in rows] for n in rows[0] if n not in words} if rows else {}
-
-
-def check_device(device: str) -> None:
-    """Raise InputError if the device is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        reason = (
-            "this torch is a CPU build"
-            if torch.version.cuda is None
-            else "torch finds no CUDA device"
-        )
-        raise InputError(f"device cuda is not there: {reason}; use --device cpu")

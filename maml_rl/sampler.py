@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import TaskFamily
+from envs.family import Floats, TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.episodes import Episodes
 from maml_rl.policy import GaussianPolicy, log_std
@@ -67,6 +67,8 @@ class SamplingSettings:
     paper did; the two differ where episodes end early."""
     tasks_at_once: int = 0
     """Tasks that are simulated together; 0 is all. Fewer take less memory, and change nothing."""
+    max_diverged: float = 0.1
+    """Fraction of a batch's episodes whose simulation may break down; above it the run stops."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -75,10 +77,35 @@ class SamplingSettings:
                 raise ValueError(
                     f"sampling.{name} must be at least {least}, got {getattr(self, name)}"
                 )
+        if not 0 <= self.max_diverged <= 1:
+            raise ValueError(
+                f"sampling.max_diverged must be between 0 and 1, got {self.max_diverged}"
+            )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """An episode whose simulation broke down, with all that is needed to do it again."""
+
+    task_index: int
+    """In the meta-batch."""
+    task_seed: int
+    episode: int
+    """Of the task, from 0."""
+    task: Floats
+    """(P,)."""
+    start: Floats
+    """(S,), what `draw_start` gave."""
+    actions: Floats
+    """(t + 1, A), in the body's own unit, not clipped; the simulation broke down in the last."""
 
 
 class SamplingError(RuntimeError):
     """Sampling cannot go on; the message says which task and seed."""
+
+    def __init__(self, message: str, divergence: Divergence | None = None) -> None:
+        super().__init__(message)
+        self.divergence = divergence
 
 
 @contextmanager
@@ -108,11 +135,14 @@ class Sampler(AbstractContextManager["Sampler"]):
         episodes: int,
         count: Literal["episodes", "steps"] = "episodes",
         action_scale: float = 1.0,
+        max_diverged: float = 1.0,
         threads: int = 0,
     ) -> None:
         """Make `tasks` x `episodes` worlds; batches of more tasks go through in turn."""
         self.family = family
         self.policy = policy
+        self._max_diverged = max_diverged
+        self._divergence: Divergence | None = None
         self._tasks, self._episodes, self._count = tasks, episodes, count
         self._worlds = family.make_worlds(tasks * episodes, threads=threads)
         low, high = (torch.from_numpy(b).float() for b in family.action_bounds)
@@ -127,16 +157,26 @@ class Sampler(AbstractContextManager["Sampler"]):
             seeds: (M,), from `task_seeds`.
 
         Raises:
-            SamplingError: if the policy's action is not finite, or a task's worlds all diverge
-                at their first step.
+            SamplingError: if the policy's action is not finite, a task's worlds all diverge at
+                their first step, or more worlds diverge than may.
         """
+        self._divergence = None
         with torch.no_grad(), torch_threads(1):
             parts = []
             for start in range(0, len(tasks), self._tasks):
                 rows = slice(start, start + self._tasks)
                 part = {name: p[rows] for name, p in params.items()}
                 parts.append(self._sample_tasks(part, tasks[rows], seeds[rows], start))
-            return join_episodes(parts)
+            episodes = join_episodes(parts)
+        broken = int(episodes.diverged.sum())
+        sampled = int((episodes.diverged | episodes.alive[:, :, 0]).sum())
+        if broken > self._max_diverged * sampled:
+            raise SamplingError(
+                f"the simulation broke down in {broken} of {sampled} episodes, and at most a "
+                f"fraction of {self._max_diverged:g} may (sampling.max_diverged)",
+                self._divergence,
+            )
+        return episodes
 
     def _sample_tasks(self, params: Params, tasks: Tensor, seeds: Seeds, offset: int) -> Episodes:
         """Sample the tasks that fit at once: one wave, or waves until each has enough steps."""
@@ -157,7 +197,8 @@ class Sampler(AbstractContextManager["Sampler"]):
                 task = int((live == 0).nonzero()[0])
                 raise SamplingError(
                     f"task {offset + task} (seed {seeds[task]}): the simulation diverged at the "
-                    "first step of every episode"
+                    "first step of every episode",
+                    self._divergence,
                 )
             if self._count == "episodes":
                 break
@@ -199,7 +240,6 @@ class Sampler(AbstractContextManager["Sampler"]):
         )
         device = next(iter(params.values())).device
         noise = noise.to(device)
-        middle, half = self._middle.to(device), self._half.to(device)
         std = torch.exp(log_std(params)).unsqueeze(1)
         spare = self._worlds.count - M * K
 
@@ -224,13 +264,24 @@ class Sampler(AbstractContextManager["Sampler"]):
             out.observations[:, :, t] = rows_now
             out.actions[:, :, t] = actions.to("cpu")
             everyone = bool(where.all())
-            controls = (middle + half * actions).reshape(M * K, A).to("cpu")
+            controls = self._controls(out.actions[:, :, t]).reshape(M * K, A)
             step = self._worlds.step(widen(controls), None if everyone else where)
             good = where & ~step.diverged
             out.rewards[:, :, t] = step.rewards[: M * K].reshape(M, K)
             out.alive[:, :, t] = good[: M * K].reshape(M, K)
             out.measures[:, :, t] = step.measures[: M * K].reshape(M, K, Q)
-            out.diverged.logical_or_((where & step.diverged)[: M * K].reshape(M, K))
+            broken = (where & step.diverged)[: M * K].reshape(M, K)
+            out.diverged.logical_or_(broken)
+            if self._divergence is None and bool(broken.any()):
+                m, k = broken.nonzero()[0].tolist()
+                self._divergence = Divergence(
+                    task_index=offset + m,
+                    task_seed=int(seeds[m]),
+                    episode=int(taken[m]) + k,
+                    task=tasks[m].double().numpy(),
+                    start=starts.reshape(M, K, -1)[m, k],
+                    actions=self._controls(out.actions[m, k, : t + 1]).double().numpy(),
+                )
             where = good & ~step.terminated
             observations = step.observations[: M * K]
             if not everyone and not bool(where.any()):
@@ -242,6 +293,10 @@ class Sampler(AbstractContextManager["Sampler"]):
         if device.type == "cpu":
             return out
         return Episodes(**{name: value.to(device) for name, value in vars(out).items()})
+
+    def _controls(self, actions: Tensor) -> Tensor:
+        """Return actions (..., A) of the policy in the body's own unit, not clipped."""
+        return self._middle + self._half * actions
 
     def _draw(
         self, seeds: Seeds, taken: Tensor, used: Tensor

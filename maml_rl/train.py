@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -18,11 +16,15 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.config import Experiment, InputError, load_experiment
+from maml_rl.checkpoints import State
+from maml_rl.config import Experiment, load_experiment
+from maml_rl.episodes import Episodes
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation, evaluate
-from maml_rl.maml import Chunks, MetaReport, chunk_size, meta_iteration
+from maml_rl.maml import INNER_STEP_NOT_FINITE, Chunks, MetaReport, chunk_size, meta_iteration
 from maml_rl.policy import GaussianPolicy, entropy
-from maml_rl.runs import Row, RunFolder, State
+from maml_rl.replay import dump_of
+from maml_rl.runs import Row, RunFolder
 from maml_rl.sampler import (
     TRAINING,
     Sampler,
@@ -31,7 +33,9 @@ from maml_rl.sampler import (
     task_seeds,
     torch_threads,
 )
-from maml_rl.trained import TrainedPolicy, check_shapes, new_policy, to_device
+from maml_rl.signals import stop_requests
+from maml_rl.trained import TrainedPolicy, new_policy, parameters_for, restore, to_device
+from maml_rl.trust_region import Refusal
 
 
 class Watcher(Protocol):
@@ -41,12 +45,19 @@ class Watcher(Protocol):
         """Show one row of metrics out of `total` iterations."""
 
 
-class RunStopped(RuntimeError):  # noqa: N818  # it is news, not always a fault
-    """A run ended before its last iteration; what was done is saved."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+ADVICE: Mapping[str, str] = {
+    INNER_STEP_NOT_FINITE: "a smaller adaptation.step_size (now {alpha:g})",
+    Refusal.LOSS_NOT_FINITE: "a smaller adaptation.step_size (now {alpha:g})",
+    Refusal.GRADIENT_ZERO: "a task family whose reward depends on the action",
+    Refusal.PRODUCT_NOT_FINITE: "a smaller adaptation.step_size (now {alpha:g})",
+    Refusal.CURVATURE_NOT_POSITIVE: "a larger trust_region.damping (now {damping:g})",
+    Refusal.STEP_NOT_FINITE: "a larger trust_region.damping (now {damping:g})",
+    Refusal.CANDIDATE_NOT_FINITE: "a smaller trust_region.max_kl (now {max_kl:g})",
+    Refusal.KL_TOO_LARGE: "more trust_region.backtracks (now {backtracks})",
+    Refusal.DID_NOT_FALL: "a larger sampling.tasks (now {tasks}) or sampling.episodes "
+    "(now {episodes}), or a smaller trust_region.max_kl (now {max_kl:g})",
+}
+"""What to try where updates are refused, by the reason."""
 
 
 @dataclass
@@ -59,8 +70,8 @@ class Trainer:
     state: State
     sampler: Sampler
     chunks: Chunks
-    sampled_with: Params
-    """theta that sampled the last batch, and so earned its returns."""
+    best: tuple[Params, State] | None = None
+    """What the last iteration began with, if it sampled the best batch so far."""
 
     @classmethod
     def build(
@@ -72,65 +83,121 @@ class Trainer:
     ) -> Trainer:
         """Make worlds and threads for an experiment."""
         settings = experiment.sampling
-        sampler = Sampler(
-            experiment.family,
-            policy,
-            tasks=min(settings.tasks_at_once or settings.tasks, settings.tasks),
-            episodes=settings.episodes,
-            count=settings.count,
-            action_scale=experiment.policy.action_scale,
-            threads=experiment.threads,
-        )
-        chunks = Chunks(experiment.threads, chunk_size(settings.tasks, experiment.device))
+        with memory_to_sample(experiment):
+            sampler = Sampler(
+                experiment.family,
+                policy,
+                tasks=min(settings.tasks_at_once or settings.tasks, settings.tasks),
+                episodes=settings.episodes,
+                count=settings.count,
+                action_scale=experiment.policy.action_scale,
+                max_diverged=settings.max_diverged,
+                threads=experiment.threads,
+            )
+        size = state.chunk_size or chunk_size(settings.tasks, experiment.device)
         on_device = to_device(theta, experiment.device)
-        return cls(experiment, policy, on_device, state, sampler, chunks, on_device)
+        return cls(experiment, policy, on_device, state, sampler, Chunks(experiment.threads, size))
 
     def step(self) -> Row:
-        """Do one meta-iteration and return its metrics."""
-        experiment, iteration = self.experiment, self.state.iteration
-        seed, M = experiment.seed, experiment.sampling.tasks
+        """Do one meta-iteration and return its metrics.
+
+        Where memory does not suffice the tasks go through the update in smaller chunks, and the
+        iteration is repeated: the same episodes, since they follow from the seed, and the same
+        gradient, since it is a sum over tasks.
+
+        Raises:
+            SamplingError: if sampling cannot go on.
+            RunStopped: if memory does not suffice even so.
+        """
+        while True:
+            try:
+                return self._iterate()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the except block, where the failed iteration's arrays are free.
+            self._halve_chunks()
+
+    def _iterate(self) -> Row:
+        experiment, before = self.experiment, self.state
+        seed, iteration, M = experiment.seed, before.iteration, experiment.sampling.tasks
         drawn = experiment.family.sample_tasks(M, task_generator(TRAINING, seed, iteration))
         tasks = torch.from_numpy(drawn)
+
+        def collect(params: Params, phase: int) -> Episodes:
+            with memory_to_sample(experiment):
+                seeds = task_seeds(TRAINING, seed, iteration, phase, M)
+                return self.sampler.sample(params, tasks, seeds)
+
         began = time.perf_counter()
-        try:
-            # Tasks share the threads among them; torch's own would only get in their way.
-            with torch_threads(1):
-                updated, report = meta_iteration(
-                    self.theta,
-                    self.policy,
-                    lambda params, phase: self.sampler.sample(
-                        params, tasks, task_seeds(TRAINING, seed, iteration, phase, M)
-                    ),
-                    M,
-                    adaptation=experiment.adaptation,
-                    advantages=experiment.advantages,
-                    trust_region=experiment.trust_region,
-                    chunks=self.chunks,
-                    clock=time.perf_counter,
-                )
-        except SamplingError as error:
-            raise RunStopped(f"iteration {iteration}, run seed {seed}: {error}", 3) from error
+        # Tasks share the threads among them; torch's own would only get in their way.
+        with torch_threads(1):
+            updated, report = meta_iteration(
+                self.theta,
+                self.policy,
+                collect,
+                M,
+                adaptation=experiment.adaptation,
+                advantages=experiment.advantages,
+                trust_region=experiment.trust_region,
+                chunks=self.chunks,
+                clock=time.perf_counter,
+            )
         row = self._metrics(report, time.perf_counter() - began)
-        self.sampled_with, self.theta = self.theta, updated
         adapted = float(row[f"return_{experiment.adaptation.inner_steps}"])
-        better = adapted > self.state.best_return
-        self.state = State(
-            iteration + 1,
-            int(row["env_steps"]),
-            adapted if better else self.state.best_return,
-            iteration if better else self.state.best_iteration,
+        better = adapted > before.best_return
+        now = replace(before, best_return=adapted, best_iteration=iteration) if better else before
+        # Resumed from there, this iteration is done again and the run goes on as it did.
+        self.best = (self.theta, now) if better else None
+        self.theta = updated
+        self.state = replace(
+            now,
+            iteration=iteration + 1,
+            env_steps=int(row["env_steps"]),
+            refused_in_a_row=0 if report.step.accepted else before.refused_in_a_row + 1,
         )
         return row
 
+    def _halve_chunks(self) -> None:
+        """Let fewer tasks go through the update together.
+
+        Raises:
+            RunStopped: if they go one by one already.
+        """
+        size = self.chunks.size
+        if size == 1:
+            settings = self.experiment.sampling
+            raise RunStopped(
+                f"the memory does not suffice for the update after {self.state.iteration} "
+                f"iterations: lower sampling.episodes (now {settings.episodes}), family.horizon "
+                f"(now {self.experiment.family.horizon}), sampling.tasks (now {settings.tasks}) or "
+                f"threads (now {self.chunks.threads})",
+                3,
+            )
+        warnings.warn(
+            f"the memory does not suffice for the update of {size} tasks together: iteration "
+            f"{self.state.iteration} is repeated with {size // 2} at a time",
+            RunWarning,
+            stacklevel=3,
+        )
+        self.chunks.close()
+        self.chunks = Chunks(self.experiment.threads, size // 2)
+        self.state = replace(self.state, chunk_size=size // 2)
+        if self.experiment.device == "cuda":
+            torch.cuda.empty_cache()
+
     def _metrics(self, report: MetaReport, seconds: float) -> Row:
         """Return the row of metrics.csv of an iteration."""
-        sampled = sum(int(e.live_steps.sum()) for e in report.episodes)
+        live = sum(int(e.live_steps.sum()) for e in report.episodes)
         row: dict[str, float | int | str | bool] = {
             "iteration": self.state.iteration,
-            "env_steps": self.state.env_steps + sampled,
+            "env_steps": self.state.env_steps + live,
         }
-        for k, episodes in enumerate(report.episodes):
-            returns = episodes.mean_returns()
+        phases = self.experiment.adaptation.inner_steps + 1
+        for k in range(phases):
+            # An inner step that is not finite leaves nothing to sample with.
+            sampled = k < len(report.episodes)
+            returns = report.episodes[k].mean_returns() if sampled else torch.tensor([math.nan])
             row[f"return_{k}"] = float(returns.mean())
             row[f"return_{k}_sd"] = float(returns.std(correction=0))
         step = report.step
@@ -139,22 +206,18 @@ class Trainer:
             "surrogate_after": step.surrogate_after,
             "kl": step.kl,
             "accepted": int(step.accepted),
-            "refused_because": step.refused_because,
+            "refused_because": str(step.refused_because),
             "backtracks": step.backtracks,
             "cg_residual": step.cg_residual,
             "entropy": float(entropy(self.theta)),
         }
-        for k, explained in enumerate(report.explained_variance):
-            row[f"explained_variance_{k}"] = explained
+        explained = report.explained_variance
+        for k in range(phases):
+            row[f"explained_variance_{k}"] = explained[k] if k < len(explained) else math.nan
         row["diverged_worlds"] = sum(int(e.diverged.sum()) for e in report.episodes)
         row["seconds_sampling"] = round(report.seconds_sampling, 4)
         row["seconds_updating"] = round(seconds - report.seconds_sampling, 4)
         return row
-
-    @property
-    def just_improved(self) -> bool:
-        """Whether the last iteration's batch was the best so far."""
-        return self.state.best_iteration == self.state.iteration - 1
 
     def close(self) -> None:
         """Release worlds and threads."""
@@ -165,68 +228,112 @@ class Trainer:
 FRESH = State(iteration=0, env_steps=0, best_return=-math.inf, best_iteration=-1)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory did not suffice, on the CPU or a GPU."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
-    """Turn the first Ctrl-C or SIGTERM into a request, asked for by the yielded function.
+def memory_to_sample(experiment: Experiment[TaskFamily]) -> Iterator[None]:
+    """Say what to lower where memory does not suffice for the worlds and their episodes.
 
-    It returns the signal's number, or 0. A second one interrupts at once. Only in the main thread.
+    Raises:
+        RunStopped: in place of that error.
     """
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: seen[0] if seen else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        settings = experiment.sampling
+        raise RunStopped(
+            f"the memory does not suffice to sample {settings.tasks} tasks x {settings.episodes} "
+            f"episodes x {experiment.family.horizon} steps: lower sampling.tasks_at_once (now "
+            f"{settings.tasks_at_once or settings.tasks}), sampling.episodes, family.horizon or "
+            "sampling.tasks",
+            3,
+        ) from error
 
 
 def record(folder: RunFolder, trainer: Trainer, row: Row) -> None:
     """Write an iteration's metrics and checkpoint.
 
     Raises:
-        RunStopped: if they cannot be written; the checkpoint before is kept.
+        RunStopped: if the checkpoint cannot be written; the one before is kept.
     """
-    best = trainer.sampled_with if trainer.just_improved else None
+    folder.write_row(row)
     try:
-        folder.write_row(row)
-        folder.save(trainer.theta, trainer.state, best=best)
+        folder.save(trainer.theta, trainer.state, best=trainer.best)
     except OSError as error:
-        raise RunStopped(f"cannot write to {folder.path}: {error.strerror}", 3) from error
+        raise RunStopped(
+            f"the checkpoint of iteration {trainer.state.iteration} cannot be written to "
+            f"{folder.path}: {error.strerror}; the one before is kept",
+            3,
+        ) from error
+
+
+def check_refusals(trainer: Trainer, row: Row) -> None:
+    """Raise RunStopped, with what to try, where too many updates in a row were refused."""
+    experiment, count = trainer.experiment, trainer.state.refused_in_a_row
+    if count < experiment.max_refused:
+        return
+    advice = ADVICE[str(row["refused_because"])].format(
+        alpha=experiment.adaptation.step_size,
+        tasks=experiment.sampling.tasks,
+        episodes=experiment.sampling.episodes,
+        **asdict(experiment.trust_region),
+    )
+    raise RunStopped(
+        f"{count} updates in a row were refused, the last because: {row['refused_because']}. "
+        f"The run ends after {trainer.state.iteration} of {experiment.iterations} iterations; "
+        f"try {advice}",
+        3,
+    )
+
+
+def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None) -> RunStopped:
+    """Return the end of a run that cannot sample, having written a dump if it can be replayed."""
+    experiment, iteration = trainer.experiment, trainer.state.iteration
+    text = f"iteration {iteration}, run seed {experiment.seed}: {error}"
+    if error.divergence is not None and folder is not None:
+        dump = dump_of(error.divergence, experiment, iteration)
+        try:
+            path = folder.write_dump(f"iteration-{iteration}", dump)
+            text += f". See it again with: maml-rl replay {path}"
+        except OSError as trouble:
+            text += f" (and no dump of it can be written: {trouble.strerror})"
+    return RunStopped(text, 3)
 
 
 def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | None) -> None:
     """Iterate until the experiment's last iteration, recording and saving after each.
 
     Raises:
-        RunStopped: on Ctrl-C or SIGTERM after the running iteration, and when a policy's action
-            is not finite. What was done is saved.
+        RunStopped: on Ctrl-C or SIGTERM after the running iteration, and when the run cannot go
+            on. What was done is saved.
     """
     total = trainer.experiment.iterations
-    with stop_requests() as requested:
+    with stop_requests() as requests:
         try:
-            while trainer.state.iteration < total:
+            while trainer.state.iteration < total and not requests.number:
                 row = trainer.step()
-                if folder is not None:
-                    record(folder, trainer, row)
-                if watch is not None:
-                    watch(row, total)
-                if requested():
-                    break
+                with requests.shield():
+                    if folder is not None:
+                        record(folder, trainer, row)
+                    if watch is not None:
+                        watch(row, total)
+                check_refusals(trainer, row)
+        except SamplingError as error:
+            raise broken_down(error, trainer, folder) from error
         except KeyboardInterrupt:
             # The second Ctrl-C: the running iteration is dropped.
-            pass
-        if (number := requested()) and trainer.state.iteration < total:
+            if not requests.number:
+                raise
+        if requests.number:
             raise RunStopped(
-                f"stopped after {trainer.state.iteration} of {total} iterations", 128 + number
+                f"stopped after {trainer.state.iteration} of {total} iterations",
+                128 + requests.number,
             )
 
 
@@ -257,11 +364,9 @@ def meta_train(
     fresh = new_policy(experiment, mean)
     theta = fresh.params
     if init is not None:
-        source = RunFolder.open(Path(init))
-        theta = check_shapes(source.load()[0], theta, source.path)
-    folder = None if out is None else RunFolder.create(Path(out), experiment)
-    trainer = Trainer.build(experiment, fresh.policy, theta, FRESH)
-    return _finish(trainer, folder, fresh, watch)
+        theta = parameters_for(RunFolder.open(Path(init)).load(), fresh)
+    folder = None if out is None else RunFolder.create(Path(out), experiment, theta)
+    return _finish(replace(fresh, params=theta), FRESH, folder, watch)
 
 
 def resume(
@@ -285,35 +390,34 @@ def resume(
     """
     folder = RunFolder.open(Path(run))
     experiment = load_experiment(folder.config)
-    theta, state = folder.load()
-    if iterations is not None and iterations < state.iteration:
-        raise InputError(
-            f"{run} has done {state.iteration} iterations; --iterations is the new total and must "
-            f"be at least that, got {iterations}"
-        )
-    fresh = new_policy(experiment, mean)
-    theta = check_shapes(theta, fresh.params, folder.path)
-    if iterations is not None:
-        experiment = replace(experiment, iterations=iterations)
-        fresh = replace(fresh, experiment=experiment)
-        folder.rewrite_config(experiment)
-    folder.drop_rows_from(state.iteration)
-    trainer = Trainer.build(experiment, fresh.policy, theta, state)
-    return _finish(trainer, folder, fresh, watch)
+    folder.lock()
+    try:
+        policy, found = restore(folder, experiment, mean=mean)
+        state = found.state
+        if iterations is not None and iterations < state.iteration:
+            raise InputError(
+                f"{run} has done {state.iteration} iterations; --iterations is the new total and "
+                f"must be at least that, got {iterations}"
+            )
+        if iterations is not None:
+            policy = replace(policy, experiment=replace(experiment, iterations=iterations))
+        folder.go_on_from(found, policy.experiment)
+    except BaseException:
+        folder.close()
+        raise
+    return _finish(policy, state, folder, watch)
 
 
 def _finish(
-    trainer: Trainer, folder: RunFolder | None, fresh: TrainedPolicy, watch: Watcher | None
+    policy: TrainedPolicy, state: State, folder: RunFolder | None, watch: Watcher | None
 ) -> TrainedPolicy:
-    try:
-        if folder is not None and trainer.state.iteration == 0:
-            folder.save(trainer.theta, trainer.state, best=None)
-        run_iterations(trainer, folder, watch)
-    finally:
-        trainer.close()
+    with ExitStack() as stack:
         if folder is not None:
-            folder.close()
-    return replace(fresh, params=trainer.theta)
+            stack.callback(folder.close)
+        trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state)
+        stack.callback(trainer.close)
+        run_iterations(trainer, folder, watch)
+        return replace(policy, params=trainer.theta)
 
 
 def evaluate_policy(trained: TrainedPolicy) -> Evaluation:

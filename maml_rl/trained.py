@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.config import Experiment, InputError, load_experiment
+from maml_rl.checkpoints import Checkpoint, made_for
+from maml_rl.config import Experiment, as_tree, experiment_from, leaves, load_experiment, parse_yaml
+from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.maml import Chunks
 from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
-from maml_rl.runs import RunFolder, check_device
+from maml_rl.runs import RunFolder
 from maml_rl.sampler import TRAINING, Sampler
+from maml_rl.versions import differences
 
 
 @dataclass(frozen=True)
@@ -154,32 +159,97 @@ def load(
 
     Args:
         run: the run folder.
-        checkpoint: "latest", "previous" or "best" (by training return after adaptation).
+        checkpoint: "latest", "previous" or "best" (by training return after adaptation). Where
+            "latest" is damaged the one before is loaded, with a RunWarning.
         mean: the module that it was trained with, where that was not the MLP.
 
     Raises:
-        InputError: if the folder is no run, or its checkpoint is missing or damaged.
+        InputError: if the folder is no run, its checkpoint is missing or damaged, or was made
+            for another family, protocol or size of policy.
     """
     folder = RunFolder.open(Path(run))
-    theta, _ = folder.load(checkpoint)
-    fresh = new_policy(load_experiment(folder.config), mean)
-    theta = check_shapes(theta, fresh.params, folder.path)
-    return replace(fresh, params=to_device(theta, fresh.experiment.device))
+    return restore(folder, load_experiment(folder.config), checkpoint, mean)[0]
 
 
-def check_shapes(theta: Params, expected: Params, where: Path) -> Params:
-    """Return theta if names and shapes are those expected.
+def restore(
+    folder: RunFolder,
+    experiment: Experiment[TaskFamily],
+    which: str = "latest",
+    mean: nn.Module | None = None,
+) -> tuple[TrainedPolicy, Checkpoint]:
+    """Return the policy of a run's checkpoint, and the checkpoint, for the run's own experiment.
 
     Raises:
-        InputError: with both descriptions side by side.
+        InputError: if it is missing, damaged or made for something else.
     """
-
-    def describe(params: Params) -> str:
-        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in params.items())
-
-    if describe(theta) != describe(expected):
-        raise InputError(
-            f"the checkpoint in {where} is of another policy: it holds {describe(theta)}; "
-            f"expected {describe(expected)}. A policy trained with a module of your own wants mean="
+    found = folder.load(which)
+    fresh = new_policy(experiment, mean)
+    theta = parameters_for(found, fresh)
+    if changed := changes(found, experiment):
+        warnings.warn(
+            f"{folder.config} has changed since checkpoint {found.path.name} was made: {changed}",
+            RunWarning,
+            stacklevel=3,
         )
-    return theta
+    return replace(fresh, params=theta), found
+
+
+def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
+    """Return a checkpoint's parameters for use in place of a fresh policy's.
+
+    Raises:
+        InputError: with both descriptions side by side, if family, protocol or shapes differ.
+    """
+    theirs = describe(found.origin.made_for, found.theta)
+    ours = describe(made_for(fresh.experiment.family), fresh.params)
+    if theirs != ours:
+        raise InputError(
+            f"checkpoint {found.path} is of another family, protocol or policy\n"
+            f"  checkpoint: {theirs}\n  expected:   {ours}\n"
+            "(a policy trained with a module of your own wants mean=)"
+        )
+    if changed := differences(found.origin.versions):
+        warnings.warn(
+            f"checkpoint {found.path} was made with {', '.join(changed)}; it is used all the same, "
+            "but results may differ (MuJoCo's physics changes between releases)",
+            RunWarning,
+            stacklevel=3,
+        )
+    return to_device(found.theta, fresh.experiment.device)
+
+
+def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
+    """Return in a line what a policy is for and the shapes of its parameters."""
+    shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in theta.items())
+    protocol = f" ({made_for['protocol']} protocol)" if made_for["protocol"] else ""
+    return (
+        f"{made_for['family']}{protocol}, {made_for['observations']} observations, "
+        f"{made_for['actions']} actions; {shapes}"
+    )
+
+
+def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
+    """Return the settings that a checkpoint was not made with, "" if none; a total may grow."""
+    source = str(found.path)
+    try:
+        # Through the settings' own types, so that one that is new here has its default.
+        made_with = experiment_from(parse_yaml(found.origin.config, source), source)
+    except InputError as error:
+        return str(error)
+    before, now = dict(leaves(as_tree(made_with))), dict(leaves(as_tree(experiment)))
+    return ", ".join(
+        f"{path} {before.get(path, 'absent')} -> {now.get(path, 'absent')}"
+        for path in sorted(before.keys() | now.keys())
+        if path not in ("iterations", "threads", "device") and before.get(path) != now.get(path)
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise InputError if the device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else "torch finds no CUDA device"
+        )
+        raise InputError(f"device cuda is not there: {reason}; use --device cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -48,6 +49,19 @@ class TrustRegionSettings:
             )
 
 
+class Refusal(StrEnum):
+    """Why a step was refused."""
+
+    LOSS_NOT_FINITE = "surrogate or gradient not finite"
+    GRADIENT_ZERO = "gradient is zero"
+    PRODUCT_NOT_FINITE = "Fisher product not finite"
+    CURVATURE_NOT_POSITIVE = "curvature not positive"
+    STEP_NOT_FINITE = "step not finite"
+    CANDIDATE_NOT_FINITE = "surrogate or KL not finite"
+    KL_TOO_LARGE = "KL too large"
+    DID_NOT_FALL = "surrogate did not fall"
+
+
 class Objective(Protocol):
     """What a trust-region step asks for, around one point theta (d,)."""
 
@@ -85,7 +99,7 @@ class Report:
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], target: Tensor, iterations: int
-) -> tuple[Tensor, Tensor, bool]:
+) -> tuple[Tensor, Tensor, Refusal | None]:
     """Solve A x = b for symmetric positive definite A, given by its products.
 
     Args:
@@ -94,8 +108,8 @@ def conjugate_gradient(
         iterations: at most so many products; fewer if the residual vanishes.
 
     Returns:
-        x (d,), the residual b - A x (d,), and whether curvature stayed positive; if it did not,
-        x is what was found before.
+        x (d,), the residual b - A x (d,), and why the products cannot be those of such a
+        matrix, or None; x is then what was found before.
     """
     x = torch.zeros_like(target)
     residual = target.clone()
@@ -106,14 +120,16 @@ def conjugate_gradient(
             break
         image = product(direction)
         curvature = direction.dot(image)
+        if not math.isfinite(float(curvature)):
+            return x, residual, Refusal.PRODUCT_NOT_FINITE
         if not float(curvature) > 0:
-            return x, residual, False
+            return x, residual, Refusal.CURVATURE_NOT_POSITIVE
         length = squared / curvature
         x = x + length * direction
         residual = residual - length * image
         previous, squared = squared, residual.dot(residual)
         direction = residual + (squared / previous) * direction
-    return x, residual, True
+    return x, residual, None
 
 
 def trust_region_step(
@@ -126,27 +142,27 @@ def trust_region_step(
     """
     before, _ = objective.evaluate(theta)
 
-    def refused(reason: str, backtracks: int = 0, residual: float = math.nan) -> Report:
+    def refused(reason: Refusal, backtracks: int = 0, residual: float = math.nan) -> Report:
         return Report(before, before, 0.0, reason, backtracks, residual)
 
     gradient = objective.gradient().double()
     if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
-        return theta, refused("surrogate or gradient not finite")
+        return theta, refused(Refusal.LOSS_NOT_FINITE)
     norm = float(gradient.norm())
     if norm == 0.0:
-        return theta, refused("gradient is zero")
+        return theta, refused(Refusal.GRADIENT_ZERO)
 
     def damped(vector: Tensor) -> Tensor:
         return objective.product(vector.to(theta.dtype)).double() + settings.damping * vector
 
-    step, rest, positive = conjugate_gradient(damped, -gradient, settings.cg_iterations)
+    step, rest, complaint = conjugate_gradient(damped, -gradient, settings.cg_iterations)
     residual = float(rest.norm()) / norm
-    if not positive:
-        return theta, refused("curvature not positive", residual=residual)
+    if complaint is not None:
+        return theta, refused(complaint, residual=residual)
     # s'As costs no further product: A s = b - residual.
     curvature = float(step.dot(-gradient - rest))
     if not (math.isfinite(curvature) and curvature > 0):
-        return theta, refused("step not finite", residual=residual)
+        return theta, refused(Refusal.STEP_NOT_FINITE, residual=residual)
     full = math.sqrt(2.0 * settings.max_kl / curvature) * step
 
     surrogate, kl = math.nan, math.nan
@@ -155,7 +171,7 @@ def trust_region_step(
         surrogate, kl = objective.evaluate(candidate)
         if surrogate < before and kl <= settings.max_kl:
             return candidate, Report(before, surrogate, kl, "", tried, residual)
-    reason = "KL too large" if surrogate < before else "surrogate did not fall"
+    reason = Refusal.KL_TOO_LARGE if surrogate < before else Refusal.DID_NOT_FALL
     if not (math.isfinite(surrogate) and math.isfinite(kl)):
-        reason = "surrogate or KL not finite"
+        reason = Refusal.CANDIDATE_NOT_FINITE
     return theta, refused(reason, settings.backtracks, residual)

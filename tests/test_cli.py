@@ -114,14 +114,17 @@ def test_bad_input_for_an_existing_run(elsewhere: Path, capsys: pytest.CaptureFi
     for words, complaint in (
         (["evaluate", "a[/b]", "--steps", "-1"], "steps must be at least 0, got -1"),
         (["evaluate", "a[/b]", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
-        (["evaluate", "a[/b]", "--checkpoint", "beste"], "no whole checkpoint 'beste'"),
+        (["evaluate", "a[/b]", "--checkpoint", "beste"], "invalid choice 'beste'"),
         (["resume", "a[/b]", "--iterations", "0"], "has done 1 iterations"),
-        (["train", "half_cheetah_dir", *TINY, "--init", "a[/b]", "--quiet"], "another policy"),
     ):
         assert run(words) == 2
         error = capsys.readouterr().err
         assert complaint in error
         assert error.count("\n") == 1
+    assert run(["train", "half_cheetah_dir", *TINY, "--init", "a[/b]", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint: navigation, 2 observations" in error
+    assert "expected:   half_cheetah_dir (paper protocol), 20 observations" in error
     assert run(["evaluate", "a[/b]"]) == 0
     assert "a[/b]/evaluation" in capsys.readouterr().out
 

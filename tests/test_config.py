@@ -9,13 +9,13 @@ import yaml
 
 import envs
 from maml_rl.config import (
-    InputError,
     as_tree,
     load_experiment,
     plain_sentence,
     shipped_experiments,
     to_yaml,
 )
+from maml_rl.errors import InputError
 
 MINIMAL = "name: small\nfamily: {name: half_cheetah_vel}\niterations: 4\n"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from maml_rl.config import InputError, load_experiment
+from maml_rl.config import load_experiment
+from maml_rl.errors import InputError
 from maml_rl.figures import learning_curve
 from maml_rl.train import meta_train
 from tests.tiny import SETTINGS

@@ -1,0 +1,369 @@
+"""Checkpoints: whole, or refused. Nothing in one is ever run as code.
+
+CHECKPOINT/parameters.safetensors   theta
+           state.json               counters; with the seed in the config all randomness follows
+           config.yaml              the resolved experiment
+           manifest.json            format, size and sha256 of each file, order of the parameters,
+                                    what it was made for, versions, and a sha256 of itself
+
+A checkpoint is written whole under a hidden name, flushed to the disk, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from envs.family import TaskFamily
+from maml_rl.adapt import Params
+from maml_rl.config import Experiment, family_name, to_yaml
+from maml_rl.errors import CheckpointError, RunWarning
+from maml_rl.versions import versions
+
+FORMAT = 1
+PARAMETERS, STATE, CONFIG = "parameters.safetensors", "state.json", "config.yaml"
+MANIFEST = "manifest.json"
+
+LARGEST: Mapping[str, int] = {PARAMETERS: 2**31, STATE: 2**16, CONFIG: 2**20, MANIFEST: 2**20}
+"""Bytes beyond which a file is refused unread."""
+
+KINDS = ("latest", "previous", "best")
+"""The newest checkpoint, the one before it, and that with the best return after adaptation."""
+FALLBACKS: Mapping[str, tuple[str, ...]] = {
+    "latest": KINDS,
+    "previous": ("previous",),
+    "best": ("best",),
+}
+"""What is loaded for each kind: the first that is whole."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run continues from, beside its parameters. All randomness follows from these."""
+
+    iteration: int
+    """Iterations done."""
+    env_steps: int
+    """Control steps sampled for training."""
+    best_return: float
+    """Best return after adaptation of any batch; -inf before the first."""
+    best_iteration: int
+    """The iteration that sampled it; -1 before the first."""
+    refused_in_a_row: int = 0
+    """Updates refused since the last that was accepted."""
+    chunk_size: int = 0
+    """Tasks that go through the update together, where memory allowed fewer; 0 is as usual."""
+
+    @classmethod
+    def from_json(cls, text: bytes) -> State:
+        """Read what `asdict` gave.
+
+        Raises:
+            ValueError: if it is no state.
+        """
+        saved = json.loads(text)
+        if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(cls)}:
+            raise ValueError("state.json has other entries than a state")
+        best = saved.pop("best_return")
+        for name, value in saved.items():
+            least = -1 if name == "best_iteration" else 0
+            if type(value) is not int or not least <= value < 2**63:
+                raise ValueError(f"{name} in state.json must be a count, got {value!r}")
+        if best is not None and type(best) not in (float, int):
+            raise ValueError(f"best_return in state.json must be a number, got {best!r}")
+        return cls(best_return=-math.inf if best is None else float(best), **saved)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was made for and with, beside its numbers."""
+
+    config: str
+    """The resolved experiment, YAML."""
+    made_for: Mapping[str, str | int]
+    """Family, protocol, and sizes of observation and action."""
+    versions: Mapping[str, str]
+
+
+def origin_of(experiment: Experiment[TaskFamily]) -> Origin:
+    """Return what checkpoints of an experiment are made for, here and now."""
+    return Origin(to_yaml(experiment), made_for(experiment.family), versions())
+
+
+def made_for(family: TaskFamily) -> Mapping[str, str | int]:
+    """Return what must be equal for a policy of one family to be of use for another."""
+    return {
+        "family": family_name(family),
+        "protocol": getattr(family, "protocol", ""),
+        "observations": len(family.observation_columns),
+        "actions": len(family.action_columns),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    path: Path
+    theta: Params
+    state: State
+    origin: Origin
+
+
+def write_checkpoint(target: Path, theta: Params, state: State, origin: Origin) -> None:
+    """Write a checkpoint into a new folder `target`, and wait until the disk has it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    tensors = {name: p.detach().cpu().contiguous() for name, p in theta.items()}
+    contents = {
+        PARAMETERS: safetensors.torch.save(tensors),
+        STATE: as_json(asdict(state)).encode(),
+        CONFIG: origin.config.encode(),
+    }
+    manifest = {
+        "format": FORMAT,
+        "files": {n: {"bytes": len(c), "sha256": digest(c)} for n, c in contents.items()},
+        "order": list(theta),
+        "made_for": dict(origin.made_for),
+        "versions": dict(origin.versions),
+    }
+    contents[MANIFEST] = as_json(manifest | {"sha256": seal(manifest)}).encode()
+    for name, content in contents.items():
+        with (target / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    sync_folder(target)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check every byte of it against its manifest.
+
+    Raises:
+        NewerFormatError: if a later version of this package wrote it.
+        CheckpointError: if it is missing, damaged or not to be trusted.
+    """
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    try:
+        # Through the folder's handle, so that a run that renames it meanwhile does no harm.
+        return _read(folder, path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path} is damaged: {what}") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {PARAMETERS}: {error}") from error
+    finally:
+        os.close(folder)
+
+
+class NewerFormatError(CheckpointError):
+    """A later version of this package wrote the checkpoint."""
+
+
+def _read(folder: int, path: Path) -> Checkpoint:
+    manifest = json.loads(read_file(folder, MANIFEST))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} is no mapping")
+    sealed = manifest.pop("sha256", None)
+    if sealed != seal(manifest):
+        raise ValueError(f"{MANIFEST} does not match its own sha256")
+    if manifest["format"] != FORMAT:
+        raise NewerFormatError(
+            f"checkpoint {path} has format {manifest['format']}; this version of maml-rl reads "
+            f"format {FORMAT}: install the version that wrote it, {manifest['versions']['maml-rl']}"
+        )
+    files = manifest["files"]
+    if set(files) != {PARAMETERS, STATE, CONFIG}:
+        raise ValueError(f"{MANIFEST} names other files than a checkpoint's: {sorted(files)}")
+    contents = {}
+    for name, expected in files.items():
+        content = read_file(folder, name)
+        if len(content) != expected["bytes"]:
+            raise ValueError(f"{name} has {len(content)} bytes, expected {expected['bytes']}")
+        if digest(content) != expected["sha256"]:
+            raise ValueError(f"{name} does not match its sha256")
+        contents[name] = content
+    tensors = safetensors.torch.load(contents[PARAMETERS])
+    order = manifest["order"]
+    if sorted(order) != sorted(tensors):
+        raise ValueError(f"{PARAMETERS} holds other parameters than the manifest names")
+    return Checkpoint(
+        path,
+        {name: tensors[name] for name in order},
+        State.from_json(contents[STATE]),
+        Origin(contents[CONFIG].decode(), dict(manifest["made_for"]), dict(manifest["versions"])),
+    )
+
+
+def read_file(folder: int, name: str) -> bytes:
+    """Read a plain file in an open folder, unless it is a link or larger than it may be.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not what it should be.
+    """
+    try:
+        # Not blocking, since a pipe would never answer.
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError as error:
+        what = "is a link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        raise ValueError(f"{name} {what}") from error
+    with closing(os.fdopen(handle, "rb")) as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{name} is no plain file")
+        if found.st_size > LARGEST[name]:
+            raise ValueError(f"{name} has {found.st_size} bytes, at most {LARGEST[name]} expected")
+        return file.read()
+
+
+class Checkpoints:
+    """A run's checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        """Look at RUN/checkpoints, which need not exist yet."""
+        self.path = path
+
+    def save(
+        self,
+        theta: Params,
+        state: State,
+        origin: Origin,
+        *,
+        best: tuple[Params, State] | None = None,
+    ) -> None:
+        """Save a checkpoint as `latest`, and what was `latest` as `previous`.
+
+        At every instant at least one whole checkpoint can be loaded, and the folder holds the
+        one before as well, under one name or another.
+
+        Args:
+            theta: parameters after `state.iteration` iterations.
+            state: all else.
+            origin: what it is made for and with.
+            best: what to save as `best`, if the best batch so far is new.
+
+        Raises:
+            OSError: if it cannot be written; the old ones are kept.
+        """
+        self.path.mkdir(exist_ok=True)
+        if best is not None:
+            write_checkpoint(self._hidden("best"), *best, origin)
+            self._replace("best", keep_as=None)
+        write_checkpoint(self._hidden("latest"), theta, state, origin)
+        self._replace("latest", keep_as="previous")
+
+    def _hidden(self, name: str) -> Path:
+        return self.path / f".{name}"
+
+    def _replace(self, name: str, keep_as: str | None) -> None:
+        """Let the hidden new checkpoint take its place, and keep or remove the one before."""
+        present, old = self.path / name, self.path / ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if present.exists():
+            kept = old if keep_as is None else self.path / keep_as
+            if keep_as is not None and kept.exists():
+                os.replace(kept, old)
+            os.replace(present, kept)
+        os.replace(self._hidden(name), present)
+        sync_folder(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def find(self, name: str) -> Path:
+        """Return where a checkpoint lies: under its name, or as a kill between renames left it."""
+        present, hidden = self.path / name, self._hidden(name)
+        return hidden if not present.exists() and hidden.exists() else present
+
+    def load(self, which: str = "latest") -> Checkpoint:
+        """Load a checkpoint; for `latest`, the newest that is whole, with a RunWarning.
+
+        Raises:
+            CheckpointError: if there is no such kind, or none is whole.
+        """
+        if which not in FALLBACKS:
+            raise CheckpointError(f"checkpoint must be one of {', '.join(KINDS)}, got {which!r}")
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path.parent} has no checkpoints")
+        complaints = []
+        for name in FALLBACKS[which]:
+            try:
+                found = read_checkpoint(self.find(name))
+            except NewerFormatError:
+                raise
+            except CheckpointError as error:
+                complaints.append(str(error))
+                continue
+            if complaints:
+                warnings.warn(
+                    f"{complaints[0]}; {name!r} of iteration {found.state.iteration} is taken "
+                    "in its place",
+                    RunWarning,
+                    stacklevel=2,
+                )
+            return found
+        others = f", and neither of {', '.join(FALLBACKS[which][1:])} is good"
+        raise CheckpointError(complaints[0] + (others if len(complaints) > 1 else ""))
+
+    def set_aside(self, loaded: Checkpoint) -> None:
+        """Move damaged checkpoints newer than the one loaded out of the way of new ones."""
+        for name in KINDS[: KINDS.index(loaded.path.name.removeprefix("."))]:
+            if (damaged := self.path / name).exists():
+                kept = self.path / f"{name}.damaged"
+                shutil.rmtree(kept, ignore_errors=True)
+                os.replace(damaged, kept)
+
+
+def digest(content: bytes) -> str:
+    """Return a sha256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def seal(manifest: Mapping[str, object]) -> str:
+    """Return the sha256 of a manifest, whatever its spaces and order."""
+    return digest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def as_json(value: object) -> str:
+    """Return strict JSON: numbers that are not finite, which it cannot hold, become null."""
+
+    def finite(part: object) -> object:
+        if isinstance(part, dict):
+            return {key: finite(v) for key, v in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(v) for v in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,91 @@
+"""What a run folder or a checkpoint holds, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from maml_rl.checkpoints import KINDS, MANIFEST, Checkpoint, read_checkpoint
+from maml_rl.config import leaves, read_yaml
+from maml_rl.errors import CheckpointError
+from maml_rl.locks import holder
+from maml_rl.runs import RunFolder, count_rows
+
+
+def inspect_run(path: Path, console: Console) -> None:
+    """Print what is in a run folder or a checkpoint.
+
+    Raises:
+        InputError: if it is neither.
+        CheckpointError: after printing, if a checkpoint in it is damaged or the latest missing.
+    """
+    if (path / MANIFEST).exists() or path.parent.name == "checkpoints":
+        print_checkpoint(read_checkpoint(path), console)
+        return
+    folder = RunFolder.open(path)
+    settings = dict(leaves(read_yaml(folder.config)))
+    rows = count_rows(folder.metrics)
+    user = holder(path)
+    say(
+        console,
+        f"{path}: {settings.get('name')}, {settings.get('iterations')} iterations wanted, "
+        f"{rows} in metrics.csv" + (f"; in use by {user}" if user else ""),
+    )
+    found: dict[str, Checkpoint] = {}
+    words: dict[str, str] = {}
+    complaints = []
+    for name in KINDS:
+        where = folder.checkpoints.find(name)
+        try:
+            found[name] = read_checkpoint(where)
+            words[name] = "whole"
+        except CheckpointError as error:
+            words[name] = "damaged" if where.exists() else "missing"
+            # A run can do without the others: they may not have been made yet.
+            if where.exists() or name == "latest":
+                complaints.append(str(error))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("checkpoint", "", "iteration", "control steps"):
+        table.add_column(heading, justify="left" if heading in ("checkpoint", "") else "right")
+    for name in KINDS:
+        state = found[name].state if name in found else None
+        table.add_row(
+            name,
+            words[name],
+            f"{state.iteration}" if state else "",
+            f"{state.env_steps:,}" if state else "",
+        )
+    console.print(table)
+    newest = next((found[name] for name in KINDS if name in found), None)
+    if newest is not None:
+        print_checkpoint(newest, console)
+    if complaints:
+        raise CheckpointError("; ".join(complaints))
+
+
+def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
+    """Print a checkpoint that is whole."""
+    state, origin = checkpoint.state, checkpoint.origin
+    made_for = ", ".join(f"{name} {value}" for name, value in origin.made_for.items() if value)
+    made_with = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    size = sum(p.numel() for p in checkpoint.theta.values())
+    shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in checkpoint.theta.items())
+    best = (
+        f"best return after adaptation {state.best_return:.1f}, in iteration {state.best_iteration}"
+        if state.best_iteration >= 0
+        else "no return after adaptation yet"
+    )
+    say(console, f"{checkpoint.path} is whole: every file matches its sha256")
+    say(console, f"  {state.iteration} iterations, {state.env_steps:,} control steps; {best}")
+    if state.refused_in_a_row:
+        say(console, f"  the last {state.refused_in_a_row} updates were refused")
+    say(console, f"  made for: {made_for}")
+    say(console, f"  made with: {made_with}")
+    say(console, f"  {size:,} parameters: {shapes}")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, for people and for grep."""
+    console.print(text, highlight=False, soft_wrap=True)

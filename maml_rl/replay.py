@@ -1,0 +1,135 @@
+"""A simulation that broke down, kept so that it can be seen again.
+
+A dump holds the episode's start and every action up to the one that broke it, which with the
+experiment's settings is all that a simulator needs; and the state before that action, to look at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from envs.family import Floats, TaskFamily
+from maml_rl.config import Experiment, experiment_from, parse_yaml, to_yaml
+from maml_rl.errors import InputError
+from maml_rl.sampler import Divergence
+from maml_rl.versions import versions
+
+FORMAT = 1
+LARGEST = 2**28
+"""Bytes of a dump beyond which it is refused unread."""
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A dump read back."""
+
+    experiment: Experiment[TaskFamily]
+    iteration: int
+    divergence: Divergence
+    state: Mapping[str, Floats]
+    """Before the last action, as it was; see `Worlds.state`."""
+    versions: Mapping[str, str]
+    """What it was made with."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of a dump's episode when it was done again."""
+
+    diverged_at: int | None
+    """Control step, from 0; None if the simulation held."""
+    state: Mapping[str, Floats]
+    """Before the last action."""
+
+
+def play(family: TaskFamily, task: Floats, start: Floats, actions: Floats) -> Replay:
+    """Do one episode again with the same start (S,) and actions (T, A)."""
+    state: Mapping[str, Floats] = {}
+    with torch.no_grad(), family.make_worlds(1, threads=1) as worlds:
+        worlds.reset(torch.from_numpy(task).float()[None], start[None])
+        for step, action in enumerate(torch.from_numpy(actions).float()):
+            state = worlds.state(0)
+            if bool(worlds.step(action[None]).diverged[0]):
+                return Replay(step, state)
+    return Replay(None, state)
+
+
+def dump_of(
+    divergence: Divergence, experiment: Experiment[TaskFamily], iteration: int
+) -> dict[str, object]:
+    """Return a divergence and all that it depends on, ready for JSON."""
+    family = experiment.family
+    again = play(family, divergence.task, divergence.start, divergence.actions)
+    return {
+        "format": FORMAT,
+        "iteration": iteration,
+        "task_index": divergence.task_index,
+        "task_seed": divergence.task_seed,
+        "episode": divergence.episode,
+        "control_step": len(divergence.actions) - 1,
+        "task": divergence.task.tolist(),
+        "state_before": {name: values.tolist() for name, values in again.state.items()},
+        "action": divergence.actions[-1].tolist(),
+        "start": divergence.start.tolist(),
+        "actions": divergence.actions.tolist(),
+        "versions": dict(versions()),
+        "config": to_yaml(experiment),
+    }
+
+
+def read_dump(path: Path) -> Dump:
+    """Read a dump.
+
+    Raises:
+        InputError: if it cannot be read or is none.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path} is too large for a dump: {path.stat().st_size} bytes")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise InputError(
+                f"dump {path} has format {saved['format']}; this version of maml-rl reads format "
+                f"{FORMAT}"
+            )
+        experiment = experiment_from(parse_yaml(saved["config"], str(path)), str(path))
+        family = experiment.family
+        divergence = Divergence(
+            task_index=int(saved["task_index"]),
+            task_seed=int(saved["task_seed"]),
+            episode=int(saved["episode"]),
+            task=numbers(saved["task"], len(family.task_columns)),
+            start=numbers(saved["start"]),
+            actions=numbers(saved["actions"], len(family.action_columns), rows=True),
+        )
+        expected = family.draw_start(np.random.default_rng(0)).shape
+        if divergence.start.shape != expected:
+            raise ValueError(f"start has shape {divergence.start.shape}, expected {expected}")
+        state = {str(name): numbers(v) for name, v in saved["state_before"].items()}
+        made_with = {str(name): str(v) for name, v in saved["versions"].items()}
+        return Dump(experiment, int(saved["iteration"]), divergence, state, made_with)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise InputError(f"{path} is not a dump of maml-rl: {what}") from error
+
+
+def numbers(saved: object, width: int | None = None, *, rows: bool = False) -> Floats:
+    """Return a list of numbers, or of rows, as an array; null, which JSON has for it, is NaN.
+
+    Raises:
+        ValueError: if it is none, or not `width` wide.
+    """
+    values = np.array(saved, np.float64)
+    if values.ndim != 1 + rows or (width is not None and values.shape[-1] != width):
+        raise ValueError(f"an array of shape {values.shape} is not what is expected here")
+    return values

@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM, at whatever time they come."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where no training was running."""
+
+
+def raise_on_terminate() -> None:
+    """Let SIGTERM interrupt like Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Return 143 after SIGTERM, 130 after Ctrl-C."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+class StopRequests:
+    """Notes the first signal, and interrupts on the second."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The first signal that came, or 0."""
+        self._shielded = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if not self.number:
+            self.number = number
+        elif not self._shielded:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let not even the second signal interrupt a block, such as one that saves."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Turn the first Ctrl-C or SIGTERM into a request; elsewhere than in the main thread nothing.
+
+    A second one raises KeyboardInterrupt, unless shielded.
+    """
+    requests = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {s: signal.signal(s, requests.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
