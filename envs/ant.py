@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.family import Column, FamilyError, Floats, check_choice, check_range, decided
+from envs.family import LARGEST, Column, FamilyError, Floats, check_choice, check_range, decided
 from envs.locomotion import (
     AXES,
     CENTER_OF_MASS,
@@ -132,15 +132,17 @@ class Ant(LocomotionFamily):
 
     def __post_init__(self) -> None:
         """Check this body's numbers, then the shared ones."""
-        check_range(self.name, "alive_bonus", self.alive_bonus)
-        check_range(self.name, "z_low", self.z_low)
-        check_range(self.name, "z_high", self.z_high)
+        for name in ("alive_bonus", "z_low", "z_high"):
+            check_range(self.name, name, getattr(self, name), -LARGEST, LARGEST)
         if self.z_low >= self.z_high:
             raise FamilyError(f"{self.name}: z_low {self.z_low} is not below z_high {self.z_high}")
         for name, size in (("soft_solref", 2), ("soft_solimp", 3)):
             numbers = getattr(self, name)
-            if len(numbers) != size or not np.isfinite(numbers).all():
-                raise FamilyError(f"{self.name}: {name} must be {size} numbers, got {numbers!r}")
+            if len(numbers) != size or not (np.abs(numbers) <= LARGEST).all():
+                raise FamilyError(
+                    f"{self.name}: {name} must be {size} numbers between {-LARGEST:g} and "
+                    f"{LARGEST:g}, got {numbers!r}"
+                )
         super().__post_init__()
         # The protocol has now decided these two.
         check_choice(self.name, "start_pose", decided(self.start_pose), START_POSES)
@@ -218,7 +220,7 @@ class AntVel(Ant, SpeedGoal):
 
     def __post_init__(self) -> None:
         """Check the bonus, then the rest."""
-        check_range(self.name, "speed_bonus", self.speed_bonus)
+        check_range(self.name, "speed_bonus", self.speed_bonus, -LARGEST, LARGEST)
         super().__post_init__()
 
     def reward(self, velocity: Tensor, actions: Tensor, tasks: Tensor) -> Tensor:

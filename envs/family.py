@@ -23,6 +23,9 @@ Floats = npt.NDArray[np.float64]
 
 T = TypeVar("T")
 
+LARGEST = 1e6
+"""No speed, length, mass, noise or price is larger, in its own unit; float32 holds its square."""
+
 
 class Column(NamedTuple):
     """Name, unit and meaning of one entry of a task, observation, action or measure."""
@@ -75,10 +78,12 @@ def check_range(
         raise FamilyError(f"{owner}: {name} must be {wanted}, got {value}")
 
 
-def check_count(owner: str, name: str, value: int, low: int) -> None:
-    """Raise FamilyError unless the value is a whole number of at least `low`."""
-    if not isinstance(value, int) or value < low:
-        raise FamilyError(f"{owner}: {name} must be a whole number from {low} on, got {value!r}")
+def check_count(owner: str, name: str, value: int | None, low: int, high: int) -> None:
+    """Raise FamilyError unless the value is a whole number with low <= value <= high."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise FamilyError(
+            f"{owner}: {name} must be a whole number between {low} and {high}, got {value!r}"
+        )
 
 
 def check_choice(owner: str, name: str, value: str, choices: Iterable[str]) -> None:
@@ -155,7 +160,7 @@ class TaskFamily(ABC):
 
     def __post_init__(self) -> None:
         """Check what every family shares; subclasses call this last."""
-        check_count(self.name, "horizon", decided(self.horizon), 1)
+        check_count(self.name, "horizon", self.horizon, 1, 1_000_000)
 
     @property
     @abstractmethod
@@ -182,6 +187,11 @@ class TaskFamily(ABC):
     def control_seconds(self) -> float:
         """Seconds of simulated time in one control step; navigation has no physical time: 1."""
         return 1.0
+
+    @property
+    def world_bytes(self) -> int:
+        """Memory that one world takes at the least, bytes; 0 where that is not known."""
+        return 0
 
     @property
     def finite_tasks(self) -> npt.NDArray[np.float32] | None:

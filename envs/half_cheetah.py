@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.family import Column, Floats, check_range, decided
+from envs.family import LARGEST, Column, Floats, check_range, decided
 from envs.locomotion import (
     CENTER_OF_MASS,
     DirectionGoal,
@@ -92,7 +92,7 @@ class HalfCheetah(LocomotionFamily):
 
     def __post_init__(self) -> None:
         """Check this body's numbers, then the shared ones."""
-        check_range(self.name, "total_mass", self.total_mass, 1e-3)
+        check_range(self.name, "total_mass", self.total_mass, 1e-3, LARGEST)
         super().__post_init__()
 
     @property

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import Column, Floats, TaskFamily, Transition, Worlds, check_range
+from envs.family import LARGEST, Column, Floats, TaskFamily, Transition, Worlds, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class Navigation2D(TaskFamily):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_range(self.name, "goal_range", self.goal_range, 0)
-        check_range(self.name, "max_move", self.max_move, 1e-9)
-        check_range(self.name, "goal_radius", self.goal_radius, 0)
+        check_range(self.name, "goal_range", self.goal_range, 0, LARGEST)
+        check_range(self.name, "max_move", self.max_move, 1e-9, LARGEST)
+        check_range(self.name, "goal_radius", self.goal_radius, 0, LARGEST)
         super().__post_init__()
 
     @property

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 import mujoco
 import torch
 from torch import Tensor
 
-from envs.family import as_mask
+from envs.family import Floats, as_mask
 
 try:
     from mujoco.batch import Batch, SimulationError
@@ -22,6 +23,10 @@ except ImportError as missing:
         f"mujoco {mujoco.__version__} has no mujoco.batch, which this package needs: "
         "pip install 'mujoco>=3.17'"
     ) from missing
+
+# Of torch's threads, too, only the one that forked is alive in a child, where the first product
+# that is shared among several would wait for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 STATE_FIELDS = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl")
 """What a world's future depends on."""
@@ -46,6 +51,8 @@ class CpuPhysics:
         self.model = model
         self.count = count
         self._threads = threads
+        # States that broke down when they were set, and that MuJoCo replaced by its default.
+        self._not_taken: dict[int, tuple[Floats, Floats]] = {}
         self.diverged = torch.zeros(count, dtype=torch.bool)
         self._stage = (
             mujoco.mjtStage.mjSTAGE_VEL if model.nsensor else mujoco.mjtStage.mjSTAGE_NONE
@@ -95,6 +102,11 @@ class CpuPhysics:
         start = int(sensor.adr[0])
         return torch.from_numpy(self._sensors[:, start : start + int(sensor.dim[0])].copy())
 
+    def state(self, world: int) -> Mapping[str, Floats]:
+        """Return one world's qpos (nq,) and qvel (nv,), as they were set if that broke it."""
+        here = (self.qpos[world].numpy().copy(), self.qvel[world].numpy().copy())
+        return dict(zip(("qpos", "qvel"), self._not_taken.get(world, here), strict=True))
+
     def data(self, world: int) -> mujoco.MjData:
         """Return a copy of one world with its derived fields computed, for drawing it."""
         self._check_process()
@@ -117,14 +129,20 @@ class CpuPhysics:
             self.qpos[where] = qpos[where]
             self.qvel[where] = qvel[where]
         self._warnings[slice(None) if mask is None else mask] = 0
+        chosen = as_mask(where, self.count)
+        self._not_taken = {w: s for w, s in self._not_taken.items() if not chosen[w]}
         if self._stage:
             self._batch.forward(mask, stage=self._stage)
+            broken = torch.from_numpy(self._warnings.any(axis=1)) & chosen
+            for world in broken.nonzero()[:, 0].tolist():
+                self._not_taken[world] = (qpos[world].numpy().copy(), qvel[world].numpy().copy())
         # A new tensor: the old one may be in a caller's hands.
-        self.diverged = self.diverged & ~as_mask(where, self.count)
+        self.diverged = self.diverged & ~chosen
 
     def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
         """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""
         self._check_process()
+        self._not_taken.clear()
         self._ctrl.copy_(ctrl)
         mask = None if where is None else where.numpy()
         failed = None

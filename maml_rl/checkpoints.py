@@ -20,7 +20,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -103,6 +103,9 @@ def origin_of(experiment: Experiment[TaskFamily]) -> Origin:
     return Origin(to_yaml(experiment), made_for(experiment.family), versions())
 
 
+MADE_FOR = {"family", "protocol", "observations", "actions"}
+
+
 def made_for(family: TaskFamily) -> Mapping[str, str | int]:
     """Return what must be equal for a policy of one family to be of use for another."""
     return {
@@ -146,6 +149,8 @@ def write_checkpoint(target: Path, theta: Params, state: State, origin: Origin) 
     }
     contents[MANIFEST] = as_json(manifest | {"sha256": seal(manifest)}).encode()
     for name, content in contents.items():
+        if len(content) > LARGEST[name]:
+            raise OSError(errno.EFBIG, f"{name} would have {len(content)} bytes")
         with (target / name).open("wb") as file:
             file.write(content)
             file.flush()
@@ -169,7 +174,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         # Through the folder's handle, so that a run that renames it meanwhile does no harm.
         return _read(folder, path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
@@ -211,11 +216,16 @@ def _read(folder: int, path: Path) -> Checkpoint:
     order = manifest["order"]
     if sorted(order) != sorted(tensors):
         raise ValueError(f"{PARAMETERS} holds other parameters than the manifest names")
+    made_for, versions = manifest["made_for"], manifest["versions"]
+    if set(made_for) != MADE_FOR or not all(type(v) in (str, int) for v in made_for.values()):
+        raise ValueError(f"{MANIFEST} does not tell what the checkpoint was made for")
+    if not all(type(version) is str for version in versions.values()):
+        raise ValueError(f"{MANIFEST} does not tell the versions")
     return Checkpoint(
         path,
         {name: tensors[name] for name in order},
         State.from_json(contents[STATE]),
-        Origin(contents[CONFIG].decode(), dict(manifest["made_for"]), dict(manifest["versions"])),
+        Origin(contents[CONFIG].decode(), made_for, versions),
     )
 
 
@@ -271,11 +281,21 @@ class Checkpoints:
             OSError: if it cannot be written; the old ones are kept.
         """
         self.path.mkdir(exist_ok=True)
+        self._settle("best")
+        self._settle("latest")
         if best is not None:
             write_checkpoint(self._hidden("best"), *best, origin)
             self._replace("best", keep_as=None)
         write_checkpoint(self._hidden("latest"), theta, state, origin)
         self._replace("latest", keep_as="previous")
+
+    def _settle(self, name: str) -> None:
+        """Finish what a kill between two renames left unfinished, before its files are reused."""
+        present, hidden = self.path / name, self._hidden(name)
+        if not present.exists() and hidden.exists():
+            with suppress(CheckpointError):
+                read_checkpoint(hidden)
+                os.replace(hidden, present)
 
     def _hidden(self, name: str) -> Path:
         return self.path / f".{name}"

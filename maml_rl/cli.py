@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import os
+import shlex
 import sys
 import textwrap
 import warnings
@@ -195,7 +196,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
             RunFolder.open(options.init)
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
-        with going_on(path):
+        with going_on(path, options):
             with watching(console, options.quiet) as watch:
                 trained = meta_train(experiment, out=path, init=options.init, watch=watch)
             report_evaluation(console, trained, RunFolder.open(path), None, options.quiet)
@@ -204,13 +205,14 @@ def train_command(words: Sequence[str], console: Console) -> None:
 
 
 @contextmanager
-def going_on(path: Path) -> Iterator[None]:
+def going_on(path: Path, options: RunOptions) -> Iterator[None]:
     """Add the line to type to go on, where a signal ends a run or its test and not a fault.
 
     Raises:
         RunStopped: in place of KeyboardInterrupt, where there is a run to go on with.
     """
-    line = f"Go on with: maml-rl resume {path}"
+    allow = " --allow-import" if options.allow_import else ""
+    line = f"Go on with: maml-rl resume {shlex.quote(str(path))}{allow}"
     try:
         yield
     except RunStopped as stopped:
@@ -239,7 +241,7 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
     options = config.parse_with_tyro(ResumeOptions, words, "maml-rl resume")
-    with Importing(options.allow_import), going_on(options.run):
+    with Importing(options.allow_import), going_on(options.run, options):
         with watching(console, options.quiet) as watch:
             trained = resume(options.run, iterations=options.iterations, watch=watch)
         report_evaluation(console, trained, RunFolder.open(options.run), None, options.quiet)

@@ -42,14 +42,23 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name, least in (("tasks", 1), ("episodes", 1), ("steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"evaluation.{name} must be at least {least}, got {getattr(self, name)}"
-                )
+        for name, least, most in (
+            ("tasks", 1, 100_000),
+            ("episodes", 1, 100_000),
+            ("steps", 0, 1000),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, got {value}")
+            if value > most:
+                raise ValueError(f"evaluation.{name} must be at most {most}, got {value}")
         if not 0 < self.later_step_scale < math.inf:
             raise ValueError(
                 f"evaluation.later_step_scale must be above 0, got {self.later_step_scale}"
+            )
+        if self.later_step_scale > 1e6:
+            raise ValueError(
+                f"evaluation.later_step_scale must be at most 1e+06, got {self.later_step_scale}"
             )
 
 

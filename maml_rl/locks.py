@@ -6,6 +6,7 @@ file's text only tells others whom to blame.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -55,8 +56,9 @@ class FolderLock:
                 self._handle = handle
             else:
                 os.close(handle)
-        os.truncate(handle, 0)
-        os.write(handle, f"{socket.gethostname()} {os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+            os.truncate(handle, 0)
+            os.write(handle, f"{socket.gethostname()} {os.getpid()}\n".encode())
         _held.add(self)
 
     def _is_at_path(self, handle: int) -> bool:

@@ -53,6 +53,11 @@ class AdaptationSettings:
             raise ValueError(
                 f"adaptation.step_size must be finite and above 0, got {self.step_size}"
             )
+        for name, most in (("inner_steps", 100), ("step_size", 1e6)):
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"adaptation.{name} must be at most {most:g}, got {getattr(self, name)}"
+                )
 
     def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:
         """Return the step these settings describe, with another step size if given."""
@@ -64,11 +69,19 @@ class AdaptationSettings:
         )
 
 
+class InnerStepError(ArithmeticError):
+    """Nothing can be sampled with the parameters that an inner step has led to."""
+
+
 class Collect(Protocol):
     """Samples a batch of episodes with the given parameters."""
 
     def __call__(self, params: Params, phase: int) -> Episodes:
-        """Sample M tasks with parameters (M, ...); `phase` counts inner steps taken."""
+        """Sample M tasks with parameters (M, ...); `phase` counts inner steps taken.
+
+        Raises:
+            InnerStepError: if after an inner step their actions are not finite.
+        """
 
 
 def chunk_size(tasks: int, device: str) -> int:
@@ -315,11 +328,19 @@ def meta_iteration(
     A refused step returns the very same theta.
     """
     inner = adaptation.inner_step(policy)
-    points, batches, sampled, fits = [broadcast(theta, tasks)], [], [], []
+    points, batches = [broadcast(theta, tasks)], []
+    sampled: list[Episodes] = []
+    fits: list[float] = []
     sampling = 0.0
     for phase in range(adaptation.inner_steps + 1):
         began = clock()
-        episodes = collect(points[-1], phase)
+        try:
+            if phase and not all(bool(torch.isfinite(p).all()) for p in points[-1].values()):
+                raise InnerStepError
+            episodes = collect(points[-1], phase)
+        except InnerStepError:
+            refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
+            return theta, MetaReport(tuple(sampled), tuple(fits), refused, sampling)
         sampling += clock() - began
         estimated, explained = estimate_in_chunks(episodes, advantages, chunks)
         batches.append(pack(episodes, estimated))
@@ -327,10 +348,6 @@ def meta_iteration(
         fits.append(float(explained.mean()))
         if phase < adaptation.inner_steps:
             points.append(adapt_in_chunks(inner, points[-1], batches[-1], chunks))
-            if not all(bool(torch.isfinite(p).all()) for p in points[-1].values()):
-                # Nothing can be sampled with such parameters.
-                refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
-                return theta, MetaReport(tuple(sampled), tuple(fits), refused, sampling)
     objective = MetaObjective(inner, points, batches[:-1], batches[-1], chunks)
     old = flatten(theta)
     new, report = trust_region_step(objective, old, trust_region)

@@ -41,11 +41,16 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for width in self.layers:
-            if width < 1:
-                raise ValueError(f"policy.layers must all be at least 1, got {self.layers}")
+        if len(self.layers) > 100:
+            raise ValueError(f"policy.layers must be at most 100 layers, got {len(self.layers)}")
+        if any(width < 1 for width in self.layers):
+            raise ValueError(f"policy.layers must all be at least 1, got {self.layers}")
+        if any(width > 100_000 for width in self.layers):
+            raise ValueError(f"policy.layers must all be at most 100000, got {self.layers}")
         if not (math.isfinite(self.action_scale) and self.action_scale > 0):
             raise ValueError(f"policy.action_scale must be above 0, got {self.action_scale}")
+        if self.action_scale > 1e6:
+            raise ValueError(f"policy.action_scale must be at most 1e+06, got {self.action_scale}")
         if not MIN_LOG_STD <= self.initial_log_std <= 10:
             raise ValueError(
                 f"policy.initial_log_std must be between {MIN_LOG_STD:.1f} and 10, "

@@ -15,6 +15,7 @@ Holds no absolute path and no link: a run folder may be copied, moved or committ
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import shutil
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import Checkpoint, Checkpoints, Origin, State, as_json, origin_of
 from maml_rl.config import Experiment, family_name
-from maml_rl.errors import InputError, RunWarning
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation
 from maml_rl.locks import FolderLock, holder
 from maml_rl.versions import versions
@@ -82,7 +84,7 @@ class RunFolder:
                 what = f"is in use by {user}" if user else "exists and is not empty"
                 raise InputError(f"{path} {what}; choose another folder with --out DIR")
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(path, error, elsewhere=True) from error
 
     @classmethod
     def create(cls, path: Path, experiment: Experiment[TaskFamily], theta: Params) -> RunFolder:
@@ -95,18 +97,25 @@ class RunFolder:
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error, elsewhere=True) from error
+        folder.lock()
+        try:
+            if len(list(path.iterdir())) > 1:
+                raise InputError(f"{path} has just been taken; choose another with --out DIR")
             check_space(path, theta)
-            folder.lock()
             folder._origin = origin_of(experiment)
             folder.save(theta, State(0, 0, -np.inf, -1), best=None)
             write_whole(path / "versions.json", as_json(versions()))
             # Last, since it is what makes a folder a run's.
             folder.rewrite_config(experiment)
-        except OSError as error:
+        except BaseException as error:
+            if not isinstance(error, InputError):
+                # The folder was empty and is locked: all that is in it is ours, and of no use.
+                shutil.rmtree(path, ignore_errors=True)
             folder.close()
-            raise cannot_write(path, error) from error
-        except InputError:
-            folder.close()
+            if isinstance(error, OSError):
+                raise cannot_write(path, error, elsewhere=True) from error
             raise
         return folder
 
@@ -251,7 +260,11 @@ class RunFolder:
         method: str,
         folder: Path,
     ) -> None:
-        """Write evaluation.csv, a row a task and step, and summary.json, into `folder`."""
+        """Write evaluation.csv, a row a task and step, and summary.json, into `folder`.
+
+        Raises:
+            RunStopped: if the disk does not take them.
+        """
         family = experiment.family
         shared = {
             "family": family_name(family),
@@ -259,31 +272,43 @@ class RunFolder:
             "method": method,
             "seed": experiment.seed,
         }
-        with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
-            tasks = [f"task_{c.name}" for c in family.task_columns]
-            measures = [f"{c.name}_mean" for c in family.measure_columns]
-            numbers = ["gradient_steps", "return_mean", "return_sd", "episodes"]
-            writer = csv.writer(file)
-            writer.writerow([*shared, "task", *tasks, *numbers, *measures])
-            for step, returns in enumerate(evaluation.returns):
-                for task, value in enumerate(returns):
-                    writer.writerow(
-                        [
-                            *shared.values(),
-                            task,
-                            *evaluation.tasks[task].tolist(),
-                            step,
-                            float(value),
-                            float(evaluation.return_sds[step, task]),
-                            evaluation.episodes,
-                            *evaluation.measures[step, task].tolist(),
-                        ]
-                    )
+        tasks = [f"task_{c.name}" for c in family.task_columns]
+        measures = [f"{c.name}_mean" for c in family.measure_columns]
+        numbers = ["gradient_steps", "return_mean", "return_sd", "episodes"]
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow([*shared, "task", *tasks, *numbers, *measures])
+        for step, returns in enumerate(evaluation.returns):
+            for task, value in enumerate(returns):
+                writer.writerow(
+                    [
+                        *shared.values(),
+                        task,
+                        *evaluation.tasks[task].tolist(),
+                        step,
+                        float(value),
+                        float(evaluation.return_sds[step, task]),
+                        evaluation.episodes,
+                        *evaluation.measures[step, task].tolist(),
+                    ]
+                )
         summary = shared | {
             "versions": versions(),
             "gradient_steps": summarise(evaluation, family),
         }
-        (folder / "summary.json").write_text(as_json(summary))
+        try:
+            write_whole(folder / "evaluation.csv", table.getvalue())
+            write_whole(folder / "summary.json", as_json(summary))
+        except OSError as error:
+            raise RunStopped(
+                f"the test cannot be written to {folder}: {error.strerror}", 3
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close TensorBoard's file and release the lock."""
@@ -391,21 +416,21 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """Return what to tell a user whose run folder cannot be written."""
-    return InputError(
-        f"cannot write the run folder {path}: {error.strerror}; choose another with --out DIR"
-    )
+def cannot_write(path: Path, error: OSError, *, elsewhere: bool = False) -> InputError:
+    """Return what to tell a user whose run folder cannot be written; a new one can go elsewhere."""
+    hint = "; choose another with --out DIR" if elsewhere else ""
+    return InputError(f"cannot write the run folder {path}: {error.strerror}{hint}")
 
 
 def check_space(path: Path, theta: Params) -> None:
-    """Raise InputError where the disk has no room for four checkpoints and some metrics."""
+    """Raise OSError where the disk has no room for four checkpoints and some metrics."""
     wanted = 4 * sum(p.numel() * p.element_size() for p in theta.values()) + 2**18
     free = shutil.disk_usage(path).free
     if free < wanted:
-        raise InputError(
-            f"the disk of {path} is full: {free / 2**20:.1f} MiB are free, a run takes at least "
-            f"{wanted / 2**20:.1f}; choose another with --out DIR"
+        raise OSError(
+            errno.ENOSPC,
+            f"{free / 2**20:.2f} MiB are free on its disk, and a run takes at least "
+            f"{wanted / 2**20:.2f}",
         )
 
 

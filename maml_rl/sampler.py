@@ -73,10 +73,11 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name, least in (("tasks", 1), ("episodes", 1), ("tasks_at_once", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"sampling.{name} must be at least {least}, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"sampling.{name} must be at least {least}, got {value}")
+            if value > 100_000:
+                raise ValueError(f"sampling.{name} must be at most 100000, got {value}")
         if not 0 <= self.max_diverged <= 1:
             raise ValueError(
                 f"sampling.max_diverged must be between 0 and 1, got {self.max_diverged}"
@@ -106,6 +107,10 @@ class SamplingError(RuntimeError):
     def __init__(self, message: str, divergence: Divergence | None = None) -> None:
         super().__init__(message)
         self.divergence = divergence
+
+
+class ActionError(SamplingError):
+    """The policy's action is not finite."""
 
 
 @contextmanager
@@ -157,8 +162,9 @@ class Sampler(AbstractContextManager["Sampler"]):
             seeds: (M,), from `task_seeds`.
 
         Raises:
-            SamplingError: if the policy's action is not finite, a task's worlds all diverge at
-                their first step, or more worlds diverge than may.
+            ActionError: if the policy's action is not finite.
+            SamplingError: if a task's worlds all diverge at their first step, or more worlds
+                diverge than may.
         """
         self._divergence = None
         with torch.no_grad(), torch_threads(1):
@@ -172,8 +178,8 @@ class Sampler(AbstractContextManager["Sampler"]):
         sampled = int((episodes.diverged | episodes.alive[:, :, 0]).sum())
         if broken > self._max_diverged * sampled:
             raise SamplingError(
-                f"the simulation broke down in {broken} of {sampled} episodes, and at most a "
-                f"fraction of {self._max_diverged:g} may (sampling.max_diverged)",
+                f"the simulation broke down in {broken} of {sampled} episodes, and at most "
+                f"{100 * self._max_diverged:g} % may (sampling.max_diverged)",
                 self._divergence,
             )
         return episodes
@@ -327,7 +333,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         if not bool(bad.any()):
             return
         task = int(bad.nonzero()[0][0])
-        raise SamplingError(
+        raise ActionError(
             f"the policy's action is not finite: task {offset + task} (seed {seeds[task]}), "
             f"control step {t}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,20 @@ from maml_rl.config import Experiment, load_experiment
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation, evaluate
-from maml_rl.maml import INNER_STEP_NOT_FINITE, Chunks, MetaReport, chunk_size, meta_iteration
+from maml_rl.maml import (
+    INNER_STEP_NOT_FINITE,
+    Chunks,
+    InnerStepError,
+    MetaReport,
+    chunk_size,
+    meta_iteration,
+)
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.replay import dump_of
 from maml_rl.runs import Row, RunFolder
 from maml_rl.sampler import (
     TRAINING,
+    ActionError,
     Sampler,
     SamplingError,
     task_generator,
@@ -83,7 +92,7 @@ class Trainer:
     ) -> Trainer:
         """Make worlds and threads for an experiment."""
         settings = experiment.sampling
-        with memory_to_sample(experiment):
+        with memory_to_sample(experiment, "sampling"):
             sampler = Sampler(
                 experiment.family,
                 policy,
@@ -125,9 +134,13 @@ class Trainer:
         tasks = torch.from_numpy(drawn)
 
         def collect(params: Params, phase: int) -> Episodes:
-            with memory_to_sample(experiment):
+            with memory_to_sample(experiment, "sampling"):
                 seeds = task_seeds(TRAINING, seed, iteration, phase, M)
-                return self.sampler.sample(params, tasks, seeds)
+                try:
+                    return self.sampler.sample(params, tasks, seeds)
+                except ActionError as error:
+                    # Of theta itself there is no way on; of what an inner step made of it there is.
+                    raise (InnerStepError if phase else error) from error
 
         began = time.perf_counter()
         # Tasks share the threads among them; torch's own would only get in their way.
@@ -235,8 +248,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def memory_to_sample(experiment: Experiment[TaskFamily]) -> Iterator[None]:
+def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterator[None]:
     """Say what to lower where memory does not suffice for the worlds and their episodes.
+
+    Args:
+        experiment: all settings.
+        section: "sampling" or "evaluation", whose tasks and episodes these are.
 
     Raises:
         RunStopped: in place of that error.
@@ -246,12 +263,12 @@ def memory_to_sample(experiment: Experiment[TaskFamily]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        settings = experiment.sampling
+        settings = getattr(experiment, section)
+        at_once = min(experiment.sampling.tasks_at_once or settings.tasks, settings.tasks)
         raise RunStopped(
             f"the memory does not suffice to sample {settings.tasks} tasks x {settings.episodes} "
             f"episodes x {experiment.family.horizon} steps: lower sampling.tasks_at_once (now "
-            f"{settings.tasks_at_once or settings.tasks}), sampling.episodes, family.horizon or "
-            "sampling.tasks",
+            f"{at_once}), {section}.episodes, family.horizon or {section}.tasks",
             3,
         ) from error
 
@@ -300,7 +317,7 @@ def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None
         dump = dump_of(error.divergence, experiment, iteration)
         try:
             path = folder.write_dump(f"iteration-{iteration}", dump)
-            text += f". See it again with: maml-rl replay {path}"
+            text += f". See it again with: maml-rl replay {shlex.quote(str(path))}"
         except OSError as trouble:
             text += f" (and no dump of it can be written: {trouble.strerror})"
     return RunStopped(text, 3)
@@ -413,7 +430,7 @@ def _finish(
 ) -> TrainedPolicy:
     with ExitStack() as stack:
         if folder is not None:
-            stack.callback(folder.close)
+            stack.enter_context(folder)
         trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state)
         stack.callback(trainer.close)
         run_iterations(trainer, folder, watch)
@@ -424,20 +441,21 @@ def evaluate_policy(trained: TrainedPolicy) -> Evaluation:
     """Test a policy by its experiment's evaluation settings.
 
     Raises:
-        RunStopped: if an adapted policy's action is not finite.
+        RunStopped: if an adapted policy's action is not finite, or memory does not suffice.
     """
     experiment = trained.experiment
     try:
-        return evaluate(
-            trained.policy,
-            trained.params,
-            experiment.family,
-            settings=experiment.evaluation,
-            adaptation=experiment.adaptation,
-            advantages=experiment.advantages,
-            action_scale=experiment.policy.action_scale,
-            threads=experiment.threads,
-            tasks_at_once=experiment.sampling.tasks_at_once,
-        )
+        with memory_to_sample(experiment, "evaluation"):
+            return evaluate(
+                trained.policy,
+                trained.params,
+                experiment.family,
+                settings=experiment.evaluation,
+                adaptation=experiment.adaptation,
+                advantages=experiment.advantages,
+                action_scale=experiment.policy.action_scale,
+                threads=experiment.threads,
+                tasks_at_once=experiment.sampling.tasks_at_once,
+            )
     except SamplingError as error:
         raise RunStopped(f"the test was stopped: {error}", 3) from error

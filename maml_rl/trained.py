@@ -220,7 +220,11 @@ def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
 
 def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
     """Return in a line what a policy is for and the shapes of its parameters."""
-    shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in theta.items())
+    usual = torch.float32
+    shapes = ", ".join(
+        f"{name} {tuple(p.shape)}{'' if p.dtype == usual else f' {p.dtype}'}"
+        for name, p in theta.items()
+    )
     protocol = f" ({made_for['protocol']} protocol)" if made_for["protocol"] else ""
     return (
         f"{made_for['family']}{protocol}, {made_for['observations']} observations, "

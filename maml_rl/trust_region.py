@@ -47,6 +47,16 @@ class TrustRegionSettings:
             raise ValueError(
                 f"trust_region.backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}"
             )
+        for name, most in (
+            ("max_kl", 1e6),
+            ("cg_iterations", 10_000),
+            ("damping", 1e6),
+            ("backtracks", 10_000),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"trust_region.{name} must be at most {most:g}, got {getattr(self, name)}"
+                )
 
 
 class Refusal(StrEnum):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -45,3 +47,14 @@ def gymnasium_body(
         return cls()  # type: ignore[call-arg]  # the subclass knows its own file
 
     return build
+
+
+@contextmanager
+def files_at_most(count: int) -> Iterator[None]:
+    """Let no file grow over `count` bytes, as on a full disk or over a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -278,6 +278,29 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"made_for": {}},
+        {"made_for": {"family": [], "protocol": "", "observations": 2, "actions": 2}},
+        {"made_for": "ant"},
+        {"versions": {"mujoco": {}}},
+        {"versions": 3},
+        {"order": ["b"]},
+        {"order": ["b", "a", "a"]},
+        {"order": 5},
+        {"files": []},
+        {"format": "1"},
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    """Even with the right hash."""
+    write_checkpoint(tmp_path / "one", THETA, state(1), ORIGIN)
+    edit_manifest(tmp_path / "one", lambda manifest: manifest.update(change))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"[]",
@@ -362,7 +385,8 @@ def test_a_process_killed_while_saving_leaves_a_good_checkpoint(tmp_path: Path) 
 def test_every_step_of_a_save_may_be_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before each single call that changes the folder: latest loads, and best too."""
+    """Stopped before each call that changes the folder, and again in the next save: latest loads,
+    and best too."""
 
     class KilledError(BaseException):
         """Stands for SIGKILL, which nothing catches."""
@@ -409,6 +433,12 @@ def test_every_step_of_a_save_may_be_the_last(
         assert made.load("best").state.iteration in (90, 3)
         latest = read_checkpoint(made.find("latest"))
         assert latest.state.iteration in (2, 3)
+        # Stopped once more, just after the next save has begun to reuse the hidden names.
+        calls, last = 0, 3
+        with pytest.raises(KilledError):
+            made.save(theta(3), state(3), ORIGIN, best=(theta(3), state(3)))
+        assert made.load("best").state.iteration in (90, 3)
+        assert read_checkpoint(made.find("latest")).state.iteration in (2, 3)
         # And the next save, after a crash, leaves all in order.
         last = 0
         made.save(theta(4), state(4), ORIGIN)

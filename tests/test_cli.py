@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import maml_rl
-from maml_rl.cli import run
+from maml_rl.cli import COMMANDS, run
 from maml_rl.config import shipped_experiments
 from tests.tiny import TINY
 
@@ -133,7 +133,7 @@ def test_help_and_version() -> None:
     """--help exits 0 for the program and for each command; --version prints one line."""
     assert run(["--help"]) == 0
     assert run([]) == 2
-    for command in ("train", "resume", "evaluate", "list", "speed"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             run([command, "--help"])
         assert stopped.value.code == 0

@@ -8,9 +8,12 @@ import pytest
 import yaml
 
 import envs
+from maml_rl import config
 from maml_rl.config import (
     as_tree,
+    find_experiment,
     load_experiment,
+    one_line,
     plain_sentence,
     shipped_experiments,
     to_yaml,
@@ -80,9 +83,32 @@ def test_an_experiment_is_named_after_its_file_and_says_how_to_run_it(name: str)
         (MINIMAL + "policy: 5\n", "policy must hold settings of its own"),
         (MINIMAL + "polcy: {layers: [3]}\n", "did you mean 'policy.layers'"),
         (MINIMAL + "sampling: {taks: 3}\n", "did you mean 'sampling.tasks'"),
-        (MINIMAL.replace("4", "{a: 4}"), "there is no setting 'iterations.a'"),
-        (MINIMAL.replace("4", "many"), "iterations"),
-        (MINIMAL.replace("4", "1.5"), "iterations"),
+        (MINIMAL.replace("4", "{a: 4}"), "iterations must be a whole number, so there is no"),
+        (MINIMAL.replace("4", "many"), "iterations must be a whole number, got 'many'"),
+        (MINIMAL.replace("4", "1.5"), "iterations must be a whole number, got 1.5"),
+        (MINIMAL.replace("4", "true"), "iterations must be a whole number, got True"),
+        (MINIMAL.replace("4", ""), "iterations must be a whole number, got null"),
+        (MINIMAL.replace("4", "[4]"), "iterations must be a whole number, got [4]"),
+        (MINIMAL.replace("4", "2020-13-45"), "iterations must be a whole number, got '2020-13-45'"),
+        (MINIMAL.replace("4", "0b_"), "iterations must be a whole number, got '0b_'"),
+        (MINIMAL.replace("4", "0x" + "f" * 5000), "iterations must be at most 1000 characters"),
+        (MINIMAL.replace("4", "9" * 401), "got 99999999999999999999...9999999999 (401 characters)"),
+        ("family: {name: half_cheetah_vel}\n", "name and iterations are missing"),
+        (MINIMAL.replace("small", "7"), "name must be text, got 7"),
+        (MINIMAL + "policy: {layers: 3}\n", "policy.layers must be a list of whole numbers, got 3"),
+        (MINIMAL + "policy: {layers: [-h]}\n", "a list of whole numbers, got ['-h']"),
+        (MINIMAL + "policy: {}\n", "policy must hold settings of its own"),
+        (MINIMAL + "adaptation: {first_order: 1}\n", "first_order must be True or False, got 1"),
+        (MINIMAL + "seed: &a 1\nthreads: *a\n", "line 5, column 10: threads: aliases (*a)"),
+        (MINIMAL + "seed: !!int '1'\n", "line 4, column 7: seed: tags (!!int) are not allowed"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "line 5, column 1: seed stands there twice"),
+        (
+            MINIMAL + "sampling: {tasks: 3}\nsampling.tasks: 4\n",
+            "sampling.tasks stands there twice",
+        ),
+        (MINIMAL + "seed: " + "[" * 30 + "]" * 30, "seed: nested too deeply"),
+        (MINIMAL + "#" * 2**17, "is too large for an experiment: more than 131072 bytes"),
+        (MINIMAL + "seed: \0\n", "line 4: character #x0000 is not allowed"),
         (MINIMAL.replace("4", "-4"), "iterations must be at least 0, got -4"),
         (MINIMAL + "sampling: {tasks: 0}\n", "sampling.tasks must be at least 1, got 0"),
         (MINIMAL + "advantages: {discount: 1.5}\n", "advantages.discount must be between 0 and 1"),
@@ -90,13 +116,18 @@ def test_an_experiment_is_named_after_its_file_and_says_how_to_run_it(name: str)
             MINIMAL + "trust_region: {max_kl: .nan}\n",
             "trust_region.max_kl must be finite and above 0",
         ),
-        (MINIMAL + "adaptation: {inner_loss: dise}\n", "dise"),
-        (MINIMAL + "device: tpu\n", "tpu"),
+        (MINIMAL + "adaptation: {inner_loss: dise}\n", "got 'dise'; did you mean 'dice'?"),
+        (MINIMAL + "device: tpu\n", "device must be one of cpu, cuda, got 'tpu'"),
         (MINIMAL + "seed: -1\n", "seed must be between 0"),
-        (MINIMAL.replace("small", "../up"), "name must be letters"),
+        (MINIMAL.replace("small", "../up"), "name must be at most 100 letters"),
+        (MINIMAL.replace("small", "a" * 101), "name must be at most 100 letters"),
         (MINIMAL.replace("{name: half_cheetah_vel}", "{name: 'mine:Family'}"), "--allow-import"),
-        (MINIMAL.replace("vel}", "vel, horizon: 0}"), "horizon"),
-        (MINIMAL.replace("vel}", "vel, protocol: papr}"), "papr"),
+        (MINIMAL.replace("vel}", "vel, horizon: 0}"), "horizon must be a whole number between 1"),
+        (MINIMAL.replace("vel}", "vel, protocol: papr}"), "did you mean 'paper'?"),
+        (
+            MINIMAL.replace("vel}", "vel, speed_high: 1e39}"),
+            "speed_high must be between 0 and 1e+06",
+        ),
     ],
 )
 def test_a_wrong_file_gives_one_sentence_that_names_the_key(
@@ -124,6 +155,92 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_experiment(tmp_path)
 
 
+def test_a_name_that_no_file_can_have() -> None:
+    """Too long for a path, or with a character that none may hold."""
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(InputError, match="there is no experiment file"):
+            find_experiment(name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"seed": 10**5000}, "seed is too large a number"),
+        ({"policy__layers": ["-h"]}, "policy.layers holds '-h', which would be read as a flag"),
+        (
+            {"policy__layers": [3.5]},
+            r"policy.layers must be a list of whole numbers, got \['3.5'\]",
+        ),
+        ({"sampling__tasks": True}, "sampling.tasks must be a whole number, got 'True'"),
+        ({"sampling__tasks": 10**6}, "sampling.tasks must be at most 100000, got 1000000"),
+        ({"family__horizon": float("nan")}, "family.horizon must be a whole number, got 'nan'"),
+    ],
+)
+def test_a_wrong_override_gives_one_sentence(overrides: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        load_experiment("quickstart", **overrides)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_experiments()))
+def test_every_experiment_fits_in_8_gb_and_so_does_40_x_20_x_200(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "physical_memory", lambda: 8 * 10**9)
+    load_experiment(name)
+    monkeypatch.setattr(config, "physical_memory", lambda: 2 * 10**9)
+    load_experiment(
+        name,
+        sampling__tasks=40,
+        sampling__episodes=20,
+        family__horizon=200,
+        policy__layers=[100] * 2,
+    )
+
+
+def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Navigation, 3 tasks x 4 episodes x 5 steps, one inner step, a policy 2-6-2.
+
+    A step is 2 + 2 + 1 + 2 numbers of 4 bytes, a batch 60 steps, and there are 2 batches: 3360
+    bytes. A policy is 18 + 14 + 2 numbers, and theta and 3 adapted ones are held: 544 bytes.
+    """
+    sizes: dict[str, object] = {"family__horizon": 5, "policy__layers": [6], "evaluation__tasks": 1}
+    sizes |= {"sampling__tasks": 3, "sampling__episodes": 4, "evaluation__episodes": 1}
+    monkeypatch.setattr(config, "physical_memory", lambda: 3360 + 544)
+    load_experiment("navigation", **sizes)
+    monkeypatch.setattr(config, "physical_memory", lambda: 3360 + 543)
+    with pytest.raises(InputError, match="sampling: 3 tasks x 4 episodes x 5 steps take at least"):
+        load_experiment("navigation", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lower"),
+    [
+        ({"sampling__tasks": 10**5, "sampling__episodes": 10**5}, "lower sampling.tasks, "),
+        ({"evaluation__tasks": 10**5, "evaluation__episodes": 10**5}, "lower evaluation.tasks, "),
+        ({"policy__layers": [10**5] * 100}, "lower policy.layers or sampling.tasks"),
+        (
+            {"sampling__tasks": 10**5, "sampling__episodes": 10**5, "family__horizon": 1},
+            "lower sampling.tasks_at_once, ",
+        ),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_memory_is_taken(
+    sizes: dict[str, object], lower: str
+) -> None:
+    """Each number is in its range; the message names what to lower and the memory, GB."""
+    with pytest.raises(InputError, match=rf"[0-9,]+\.[0-9] GB: {lower}"):
+        load_experiment("ant_dir", **{"family__horizon": 1000, **sizes})
+
+
+def test_a_message_is_one_line_that_a_terminal_can_show() -> None:
+    """Control characters are written out, words of more than 60 characters and long lists cut."""
+    assert one_line("got 'é'") == "got 'é'"
+    assert one_line("a\nb\x1b[31m\ud800\u202e") == "a\\nb\\x1b[31m\\ud800\\u202e"
+    assert one_line("got " + "1" * 60) == "got " + "1" * 60
+    assert one_line("got " + "1" * 61) == f"got {'1' * 20}...{'1' * 10} (61 characters)"
+    assert len(one_line("1, " * 1000)) < 1000
+
+
 @pytest.mark.parametrize(
     "box",
     [
@@ -135,3 +252,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_complaint_is_taken_out_of_either_kind_of_box(box: str) -> None:
     """tyro draws with lines on a terminal and with hyphens elsewhere."""
     assert plain_sentence(box) == "Error parsing --n: bad 'x' -1"
+
+
+@pytest.mark.parametrize(
+    ("box", "sentence"),
+    [
+        ("invalid literal for int() with base 10: 'x'", "n must be a whole number, got 'x'"),
+        (
+            "no type matching {None}|INT could be instantiated from ['x'].  Got errors: - <class "
+            "'int'>: invalid literal for int() with base 10: 'x'",
+            "n must be a whole number, got 'x'",
+        ),
+        ("could not convert string to float: 'x'", "n must be a number, got 'x'"),
+    ],
+)
+def test_a_conversion_that_fails_is_put_in_words(box: str, sentence: str) -> None:
+    """Options of a command that are no settings are left to tyro, as in `resume --iterations x`."""
+    assert plain_sentence(f"Error parsing --n: {box}\n") == sentence

@@ -37,9 +37,10 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for words in commands():
         seen.add(words[0])
         assert run([*words, *cuts.get(words[0], [])]) == 0, words
-    assert seen == {"train", "resume", "evaluate", "list", "speed"}
+    assert seen == {"train", "resume", "evaluate", "inspect", "list", "speed"}
 
 
+@pytest.mark.slow
 def test_every_block_of_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,9 @@ import torch
 from maml_rl.checkpoints import State, as_json
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError
-from maml_rl.runs import RunFolder, read_metrics
+from maml_rl.runs import RunFolder, append_rows, read_metrics, write_whole
 from maml_rl.versions import versions
+from tests.conftest import files_at_most
 from tests.tiny import SETTINGS
 
 THETA = {"b": torch.arange(3.0), "a": torch.tensor([[0.5, math.pi]])}
@@ -73,3 +74,25 @@ def test_json_holds_no_number_that_json_has_not(tmp_path: Path) -> None:
     )
     run = folder(tmp_path)
     assert run.load().state == State(0, 0, -math.inf, -1)
+
+
+def test_a_row_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Where the disk takes half of it, the half is taken back."""
+    path = tmp_path / "metrics.csv"
+    append_rows(path, [{"iteration": 0, "kl": 0.5}])
+    whole = path.read_bytes()
+    with files_at_most(len(whole) + 3), pytest.raises(OSError, match="File too large"):
+        append_rows(path, [{"iteration": 1, "kl": 0.25}])
+    assert path.read_bytes() == whole
+    append_rows(path, [{"iteration": 1, "kl": 0.25}, {"iteration": 2, "kl": 0.125}])
+    assert read_metrics(path)["kl"] == [0.5, 0.25, 0.125]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The old text stays where the new one does not fit, and nothing is left beside it."""
+    path = tmp_path / "config.yaml"
+    write_whole(path, "old")
+    with files_at_most(5), pytest.raises(OSError, match="File too large"):
+        write_whole(path, "much longer")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -175,6 +175,22 @@ def test_a_signal_ends_the_run_after_saving(
     assert signal.getsignal(number) is before
 
 
+def test_not_even_a_second_signal_interrupts_what_is_written(tmp_path: Path) -> None:
+    """Two at once while an iteration is being recorded and shown: that is finished first."""
+    finished = []
+
+    def watch(row: Row, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        finished.append(row["iteration"])
+
+    experiment = load_experiment("navigation", **SETTINGS)
+    with pytest.raises(RunStopped, match="after 1 of 3 iterations"):
+        meta_train(experiment, out=tmp_path / "run", watch=watch)
+    assert finished == [0]
+    assert RunFolder.open(tmp_path / "run").load().state.iteration == 1
+
+
 class Broken(nn.Module):
     """A mean that turns to NaN for observations that have moved."""
 

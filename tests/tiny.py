@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 TINY = [
     *("--iterations", "1", "--sampling.tasks", "2", "--sampling.episodes", "3"),
     *("--family.horizon", "5", "--policy.layers", "7", "4", "--trust-region.cg-iterations", "2"),
@@ -9,7 +11,7 @@ TINY = [
 ]
 """Flags that cut any experiment down."""
 
-SETTINGS: dict[str, object] = {
+SETTINGS: Mapping[str, object] = {
     "iterations": 3,
     "sampling__tasks": 4,
     "sampling__episodes": 3,
@@ -20,3 +22,12 @@ SETTINGS: dict[str, object] = {
     "evaluation__steps": 1,
 }
 """The same for `load_experiment`."""
+
+
+def flags(**changed: object) -> list[str]:
+    """SETTINGS, some changed, as words of the command line."""
+    words = []
+    for name, value in {**SETTINGS, **changed}.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('__', '.')}", *map(str, values)]
+    return words
