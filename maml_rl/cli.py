@@ -30,12 +30,21 @@ from rich.table import Table
 import envs
 from envs import TaskFamily
 from envs.references import allow_imports
-from maml_rl import config, speed
-from maml_rl.config import Experiment, experiment_words
-from maml_rl.errors import InputError, RunStopped, RunWarning
+from maml_rl import speed
+from maml_rl.config import (
+    Experiment,
+    experiment_type,
+    experiment_words,
+    find_experiment,
+    shipped_experiments,
+)
+from maml_rl.errors import InputError, RunStopped, RunWarning, one_line
 from maml_rl.inspection import inspect_run
+from maml_rl.memory import check_memory
+from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
+from maml_rl.settings import normal_flag, parse_with_tyro
 from maml_rl.signals import exit_code
 from maml_rl.terminal import evaluation_notes, evaluation_table, step_words, watching
 from maml_rl.train import evaluate_policy, meta_train, resume
@@ -168,16 +177,16 @@ def report_evaluation(
 def train_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl train`."""
     target, flags = split_target(words, "EXPERIMENT", "maml-rl train quickstart")
-    allowed = any(config.normal_flag(w) == "allow_import" for w in flags)
+    allowed = any(normal_flag(w) == "allow_import" for w in flags)
     ours = [f.name for f in dataclasses.fields(TrainOptions)]
     with Importing(allowed):
-        file = config.find_experiment(target)
-        tree = config.read_yaml(file)
+        file = find_experiment(target)
+        tree = read_yaml(file)
         family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 
         # The family decides the flags, so the command's arguments are put together here; what
         # they are no static type can say, hence Any.
-        settings = config.experiment_type(family, tyro.conf.arg(name=""))
+        settings = experiment_type(family, tyro.conf.arg(name=""))
         arguments_class: type[Any] = dataclasses.make_dataclass(
             "TrainCommand",
             [
@@ -186,10 +195,11 @@ def train_command(words: Sequence[str], console: Console) -> None:
             ],
             frozen=True,
         )
-        parsed = config.parse_with_tyro(arguments_class, arguments, f"maml-rl train {target}")
+        parsed = parse_with_tyro(arguments_class, arguments, f"maml-rl train {target}")
         experiment: Experiment[TaskFamily] = parsed.experiment
         options: TrainOptions = parsed.options
         check_device(experiment.device)
+        check_memory(experiment, "sampling", "evaluation")
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)
         if options.init is not None:
@@ -240,7 +250,7 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
-    options = config.parse_with_tyro(ResumeOptions, words, "maml-rl resume")
+    options = parse_with_tyro(ResumeOptions, words, "maml-rl resume")
     with Importing(options.allow_import), going_on(options.run, options):
         with watching(console, options.quiet) as watch:
             trained = resume(options.run, iterations=options.iterations, watch=watch)
@@ -249,7 +259,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl evaluate`."""
-    options = config.parse_with_tyro(EvaluateOptions, words, "maml-rl evaluate")
+    options = parse_with_tyro(EvaluateOptions, words, "maml-rl evaluate")
     with Importing(options.allow_import):
         trained = load(options.run, checkpoint=options.checkpoint)
         if options.steps is not None:
@@ -265,13 +275,13 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
 
 def inspect_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl inspect`."""
-    options = config.parse_with_tyro(InspectOptions, words, "maml-rl inspect")
+    options = parse_with_tyro(InspectOptions, words, "maml-rl inspect")
     inspect_run(options.path, console)
 
 
 def replay_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl replay`."""
-    options = config.parse_with_tyro(ReplayOptions, words, "maml-rl replay")
+    options = parse_with_tyro(ReplayOptions, words, "maml-rl replay")
     with Importing(options.allow_import):
         dump = read_dump(options.dump)
         broken, family = dump.divergence, dump.experiment.family
@@ -307,7 +317,7 @@ def list_command(words: Sequence[str], console: Console) -> None:
     class ListOptions:
         """Show task families, their settings, and the experiments that ship."""
 
-    config.parse_with_tyro(ListOptions, words, "maml-rl list")
+    parse_with_tyro(ListOptions, words, "maml-rl list")
     for name, cls in envs.FAMILIES.items():
         family = envs.make(name)
         first = (cls.__doc__ or "").splitlines()[0]
@@ -327,7 +337,7 @@ def list_command(words: Sequence[str], console: Console) -> None:
         console.print(table)
     console.print("\nExperiments that ship (maml-rl train NAME)", style="bold")
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, path in config.shipped_experiments().items():
+    for name, path in shipped_experiments().items():
         header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         table.add_row(f"  {name}", header)
     console.print(table)
@@ -366,7 +376,7 @@ def field_meanings(cls: type) -> dict[str, str]:
 
 def speed_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl speed`."""
-    options = config.parse_with_tyro(SpeedOptions, words, "maml-rl speed")
+    options = parse_with_tyro(SpeedOptions, words, "maml-rl speed")
     if options.threads < 0:
         raise InputError(f"threads must be at least 0, got {options.threads}")
     if not 0 < options.scale <= 1:
@@ -417,15 +427,21 @@ def run(words: Sequence[str]) -> int:
         with printed_warnings():
             COMMANDS[words[0]](words[1:], console)
     except RunStopped as stopped:
-        print(f"maml-rl: {stopped}", file=sys.stderr)
+        complain(stopped)
         return stopped.exit_code
     except (InputError, envs.FamilyError) as error:
-        print(f"maml-rl: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("maml-rl: interrupted", file=sys.stderr)
+        complain("interrupted")
         return exit_code(interrupt)
     return 0
+
+
+def complain(what: object) -> None:
+    """Print a message on stderr, whatever a file or a word put into it."""
+    lines = map(one_line, str(what).splitlines())
+    print("maml-rl: " + "\n".join(lines), file=sys.stderr)
 
 
 @contextmanager
@@ -441,7 +457,7 @@ def printed_warnings() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, RunWarning):
-            print(f"maml-rl: {message}", file=sys.stderr)
+            complain(message)
         else:
             before(message, category, filename, lineno, file, line)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """What the user gave is wrong; the message says how to mend it. Exit code 2."""
@@ -21,3 +23,17 @@ class RunStopped(RuntimeError):  # noqa: N818  # it is news, not always a fault
 
 class RunWarning(UserWarning):
     """Something is not as it should be, and the run goes on; the message says with what."""
+
+
+def one_line(text: str) -> str:
+    """Return a message for a terminal: no control characters, and long values cut in the middle."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    plain = re.sub(
+        r"\w{61,}", lambda m: f"{m[0][:20]}...{m[0][-10:]} ({len(m[0])} characters)", plain
+    )
+    return plain if len(plain) <= 1000 else f"{plain[:700]} ... {plain[-200:]}"
+
+
+def refusal(text: str) -> InputError:
+    """Return the error to raise for wrong input, whatever the input put into its message."""
+    return InputError(one_line(text))

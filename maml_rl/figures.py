@@ -11,9 +11,9 @@ from pathlib import Path
 
 import tyro
 
-from maml_rl.config import parse_with_tyro
 from maml_rl.errors import InputError
 from maml_rl.runs import RunFolder, read_metrics
+from maml_rl.settings import parse_with_tyro
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """Okabe and Ito's, told apart by the colour-blind; line styles tell them apart without colour."""

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from maml_rl.checkpoints import KINDS, MANIFEST, Checkpoint, read_checkpoint
-from maml_rl.config import leaves, read_yaml
 from maml_rl.errors import CheckpointError
 from maml_rl.locks import holder
+from maml_rl.plain_yaml import leaves, read_yaml
 from maml_rl.runs import RunFolder, count_rows
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from envs.family import Floats, TaskFamily
-from maml_rl.config import Experiment, experiment_from, parse_yaml, to_yaml
+from maml_rl.config import Experiment, experiment_from, to_yaml
 from maml_rl.errors import InputError
+from maml_rl.plain_yaml import parse_yaml
 from maml_rl.sampler import Divergence
 from maml_rl.versions import versions
 

@@ -126,7 +126,11 @@ class RunFolder:
         Raises:
             InputError: if it is none.
         """
-        if not (path / "config.yaml").is_file():
+        try:
+            known = (path / "config.yaml").is_file()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if not known:
             kept = path / "checkpoints" / "latest" / "config.yaml"
             hint = f"; {kept} is a copy of what it was" if kept.is_file() else ""
             raise InputError(f"{path} is not a run folder: it has no config.yaml{hint}")

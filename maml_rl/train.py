@@ -6,8 +6,8 @@ import math
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,7 @@ from maml_rl.maml import (
     chunk_size,
     meta_iteration,
 )
+from maml_rl.memory import check_memory, is_out_of_memory, memory_to_sample
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.replay import dump_of
 from maml_rl.runs import Row, RunFolder
@@ -241,38 +242,6 @@ class Trainer:
 FRESH = State(iteration=0, env_steps=0, best_return=-math.inf, best_iteration=-1)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory did not suffice, on the CPU or a GPU."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterator[None]:
-    """Say what to lower where memory does not suffice for the worlds and their episodes.
-
-    Args:
-        experiment: all settings.
-        section: "sampling" or "evaluation", whose tasks and episodes these are.
-
-    Raises:
-        RunStopped: in place of that error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        settings = getattr(experiment, section)
-        at_once = min(experiment.sampling.tasks_at_once or settings.tasks, settings.tasks)
-        raise RunStopped(
-            f"the memory does not suffice to sample {settings.tasks} tasks x {settings.episodes} "
-            f"episodes x {experiment.family.horizon} steps: lower sampling.tasks_at_once (now "
-            f"{at_once}), {section}.episodes, family.horizon or {section}.tasks",
-            3,
-        ) from error
-
-
 def record(folder: RunFolder, trainer: Trainer, row: Row) -> None:
     """Write an iteration's metrics and checkpoint.
 
@@ -378,6 +347,7 @@ def meta_train(
         InputError: if the device, `out` or `init` cannot be used.
         RunStopped: if the run ended early; what was done is in `out`.
     """
+    check_memory(experiment, "sampling")
     fresh = new_policy(experiment, mean)
     theta = fresh.params
     if init is not None:
@@ -411,6 +381,7 @@ def resume(
     try:
         policy, found = restore(folder, experiment, mean=mean)
         state = found.state
+        check_memory(experiment, "sampling")
         if iterations is not None and iterations < state.iteration:
             raise InputError(
                 f"{run} has done {state.iteration} iterations; --iterations is the new total and "
@@ -444,6 +415,7 @@ def evaluate_policy(trained: TrainedPolicy) -> Evaluation:
         RunStopped: if an adapted policy's action is not finite, or memory does not suffice.
     """
     experiment = trained.experiment
+    check_memory(experiment, "evaluation")
     try:
         with memory_to_sample(experiment, "evaluation"):
             return evaluate(

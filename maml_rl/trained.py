@@ -15,10 +15,12 @@ from torch import nn
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import Checkpoint, made_for
-from maml_rl.config import Experiment, as_tree, experiment_from, leaves, load_experiment, parse_yaml
+from maml_rl.config import Experiment, as_tree, experiment_from, load_experiment
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.maml import Chunks
+from maml_rl.memory import check_policy_memory
+from maml_rl.plain_yaml import leaves, parse_yaml
 from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import TRAINING, Sampler
@@ -128,10 +130,11 @@ def new_policy(experiment: Experiment[TaskFamily], mean: nn.Module | None = None
     """Return the untrained policy of an experiment, its mean an MLP or your own module.
 
     Raises:
-        InputError: if the experiment's device is not there, or the module's output has not one
-            number an action.
+        InputError: if the experiment's device is not there, the policy is larger than memory, or
+            the module's output has not one number an action.
     """
     check_device(experiment.device)
+    check_policy_memory(experiment)
     family = experiment.family
     inputs, outputs = len(family.observation_columns), len(family.action_columns)
     module = None if mean is None else mean.to(experiment.device)

@@ -8,17 +8,15 @@ import pytest
 import yaml
 
 import envs
-from maml_rl import config
 from maml_rl.config import (
     as_tree,
     find_experiment,
     load_experiment,
-    one_line,
-    plain_sentence,
     shipped_experiments,
     to_yaml,
 )
-from maml_rl.errors import InputError
+from maml_rl.errors import InputError, one_line
+from maml_rl.settings import plain_sentence
 
 MINIMAL = "name: small\nfamily: {name: half_cheetah_vel}\niterations: 4\n"
 
@@ -179,57 +177,6 @@ def test_a_name_that_no_file_can_have() -> None:
 def test_a_wrong_override_gives_one_sentence(overrides: dict[str, object], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         load_experiment("quickstart", **overrides)
-
-
-@pytest.mark.parametrize("name", sorted(shipped_experiments()))
-def test_every_experiment_fits_in_8_gb_and_so_does_40_x_20_x_200(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "physical_memory", lambda: 8 * 10**9)
-    load_experiment(name)
-    monkeypatch.setattr(config, "physical_memory", lambda: 2 * 10**9)
-    load_experiment(
-        name,
-        sampling__tasks=40,
-        sampling__episodes=20,
-        family__horizon=200,
-        policy__layers=[100] * 2,
-    )
-
-
-def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Navigation, 3 tasks x 4 episodes x 5 steps, one inner step, a policy 2-6-2.
-
-    A step is 2 + 2 + 1 + 2 numbers of 4 bytes, a batch 60 steps, and there are 2 batches: 3360
-    bytes. A policy is 18 + 14 + 2 numbers, and theta and 3 adapted ones are held: 544 bytes.
-    """
-    sizes: dict[str, object] = {"family__horizon": 5, "policy__layers": [6], "evaluation__tasks": 1}
-    sizes |= {"sampling__tasks": 3, "sampling__episodes": 4, "evaluation__episodes": 1}
-    monkeypatch.setattr(config, "physical_memory", lambda: 3360 + 544)
-    load_experiment("navigation", **sizes)
-    monkeypatch.setattr(config, "physical_memory", lambda: 3360 + 543)
-    with pytest.raises(InputError, match="sampling: 3 tasks x 4 episodes x 5 steps take at least"):
-        load_experiment("navigation", **sizes)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "lower"),
-    [
-        ({"sampling__tasks": 10**5, "sampling__episodes": 10**5}, "lower sampling.tasks, "),
-        ({"evaluation__tasks": 10**5, "evaluation__episodes": 10**5}, "lower evaluation.tasks, "),
-        ({"policy__layers": [10**5] * 100}, "lower policy.layers or sampling.tasks"),
-        (
-            {"sampling__tasks": 10**5, "sampling__episodes": 10**5, "family__horizon": 1},
-            "lower sampling.tasks_at_once, ",
-        ),
-    ],
-)
-def test_what_no_machine_holds_is_refused_before_memory_is_taken(
-    sizes: dict[str, object], lower: str
-) -> None:
-    """Each number is in its range; the message names what to lower and the memory, GB."""
-    with pytest.raises(InputError, match=rf"[0-9,]+\.[0-9] GB: {lower}"):
-        load_experiment("ant_dir", **{"family__horizon": 1000, **sizes})
 
 
 def test_a_message_is_one_line_that_a_terminal_can_show() -> None:

@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 
 import envs
 from maml_rl import cli
-from maml_rl.config import as_tree, leaves, load_experiment, shipped_experiments
+from maml_rl.config import as_tree, load_experiment, shipped_experiments
+from maml_rl.plain_yaml import leaves
 
 Tree = dict[str, object]
 

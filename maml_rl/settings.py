@@ -1,0 +1,260 @@
+"""Settings from a file or the command line: keys, types and words, checked one by one.
+
+tyro parses them; keys and types are checked before, so that a message names the setting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from envs import TaskFamily
+from maml_rl.errors import refusal
+from maml_rl.plain_yaml import LONGEST_VALUE
+
+C = TypeVar("C")
+
+FAMILY_NAME = "family.name"
+HELP = frozenset(("--help", "-h"))
+
+_PARSING = threading.Lock()
+"""tyro prints its complaints, and where print goes is one setting for all threads."""
+
+
+class Setting(NamedTuple):
+    """What a setting may be."""
+
+    kind: object
+    """Its type."""
+    required: bool
+    """Whether every experiment must give it."""
+
+
+def settings_of(
+    cls: type, family: type[TaskFamily], prefix: str = ""
+) -> Iterator[tuple[str, Setting]]:
+    """Yield the dotted path of every setting of an experiment with that family, and its type."""
+    kinds = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind = kinds[item.name]
+        kind = family if isinstance(kind, TypeVar) else kind
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from settings_of(kind, family, f"{prefix}{item.name}.")
+        else:
+            missing = dataclasses.MISSING
+            required = item.default is missing and item.default_factory is missing
+            yield f"{prefix}{item.name}", Setting(kind, required)
+
+
+def check_keys(paths: Sequence[str], settings: Mapping[str, Setting], source: str) -> None:
+    """Raise InputError, with the nearest right one, for a path that is no setting."""
+    sections = {k.rpartition(".")[0] for k in settings if "." in k}
+    for path in paths:
+        if path in settings:
+            continue
+        if path in sections:
+            raise refusal(f"{source}: {path} must hold settings of its own, one a line")
+        owner = next((k for k in settings if path.startswith(f"{k}.")), "")
+        if owner:
+            wanted = expectation(settings[owner].kind)
+            raise refusal(f"{source}: {owner} must be {wanted}, so there is no setting {path!r}")
+        near = difflib.get_close_matches(path, settings, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "see `maml-rl train EXPERIMENT --help`"
+        raise refusal(f"{source}: there is no setting {path!r}: {hint}")
+
+
+EXPECTATIONS: Mapping[object, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("True or False", "True or False"),
+}
+"""What is expected of one value of a type, and of several."""
+
+
+def expectation(kind: object) -> str:
+    """Return in words what a setting of that type must be."""
+    origin, arms = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(expectation(arm) for arm in arms if arm is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arms))}"
+    if origin is tuple and arms:
+        count = "" if arms[-1] is ... else f"{len(arms)} "
+        return f"a list of {count}{EXPECTATIONS.get(arms[0], ('', 'values'))[1]}"
+    return EXPECTATIONS.get(kind, (str(kind), ""))[0]
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value, from YAML or a word of the command line, can be read as that type.
+
+    Checked here and not left to tyro so that the message is a sentence. A type that is not known
+    here is left to tyro.
+    """
+    origin, arms = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, arm) for arm in arms)
+    if origin is Literal:
+        return str(value) in map(str, arms)
+    if origin is tuple and arms:
+        if not isinstance(value, list):
+            return False
+        kinds = arms[:1] * len(value) if arms[-1] is ... else arms
+        return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if kind is NoneType or kind is bool:
+        return str(value) in {NoneType: ("None",), bool: ("True", "False")}[kind]
+    if kind is int or kind is float:
+        try:
+            kind(str(value))
+        except ValueError:
+            return False
+    return isinstance(value, str) if kind is str else True
+
+
+def check_value(path: str, value: object, kind: object, source: str) -> None:
+    """Raise InputError, with what is expected, for a value that is not of the setting's type."""
+    length = max((len(str(v)) for v in (value if isinstance(value, list) else [value])), default=0)
+    if length > LONGEST_VALUE:
+        raise refusal(
+            f"{source}: {path} must be at most {LONGEST_VALUE} characters long, got {length}"
+        )
+    if not fits(value, kind):
+        choices = [str(c) for arm in (kind, *get_args(kind)) for c in get_args(arm)]
+        near = difflib.get_close_matches(value if isinstance(value, str) else "", choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        got = "null" if value is None else repr(value) if isinstance(value, str) else str(value)
+        raise refusal(f"{source}: {path} must be {expectation(kind)}, got {got}{hint}")
+
+
+def normal_flag(word: str) -> str:
+    """Return the dotted path that a flag such as --family.frame-skip=5 sets."""
+    return word.removeprefix("--").split("=", 1)[0].replace("-", "_")
+
+
+def flag_values(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the dotted path of every flag among command-line words, with the words it is given."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            _, equals, value = word.partition("=")
+            found.append((normal_flag(word), [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+    return found
+
+
+def as_flags(flags: Mapping[str, object]) -> list[str]:
+    """Return settings by dotted path as command-line words."""
+    words: list[str] = []
+    for path, value in flags.items():
+        try:
+            parts = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
+        except ValueError as error:
+            raise refusal(f"{path} is too large a number") from error
+        if not isinstance(value, list | tuple):
+            words.append(f"--{path}={parts[0]}")
+            continue
+        for part in parts:
+            if part.startswith("-") and not fits(part, float):
+                raise refusal(f"{path} holds {part!r}, which would be read as a flag")
+        words += [f"--{path}", *parts]
+    return words
+
+
+def split_family_name(words_: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take --family.name out of command-line words; return it (None if absent) and the rest."""
+    name, rest, i = None, [], 0
+    while i < len(words_):
+        word = words_[i]
+        if word.startswith("--") and normal_flag(word) == FAMILY_NAME:
+            if "=" in word:
+                name = word.split("=", 1)[1]
+            elif i + 1 < len(words_):
+                i += 1
+                name = words_[i]
+            else:
+                raise refusal("--family.name needs a value, such as --family.name ant_dir")
+        else:
+            rest.append(word)
+        i += 1
+    return name, rest
+
+
+def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:
+    """Parse command-line words into a dataclass, or print its help and exit 0.
+
+    Raises:
+        InputError: in one sentence, where tyro would print a box.
+    """
+    wants_help = bool(HELP & set(arguments))
+    complaint = io.StringIO()
+    try:
+        with _PARSING, contextlib.ExitStack() as stack:
+            if not wants_help:
+                stack.enter_context(contextlib.redirect_stderr(complaint))
+                stack.enter_context(contextlib.redirect_stdout(complaint))
+            return tyro.cli(cls, args=list(arguments), prog=prog)
+    except ValueError as error:
+        # From the outermost settings' own checks, which tyro passes on as they are.
+        raise refusal(str(error)) from error
+    except SystemExit as stop:
+        if wants_help:
+            raise
+        own = complaint_of_settings(stop)
+        raise refusal(own or plain_sentence(complaint.getvalue())) from stop
+
+
+def complaint_of_settings(stop: BaseException) -> str:
+    """Return what the settings' own checks complained of before tyro put it in a box, or "".
+
+    tyro breaks a long number in the box into several lines, which nothing can join again.
+    """
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, ValueError):
+        error = error.__context__
+    # A ValueError from the conversion of a word does not name the setting; the box does.
+    frames = [] if error is None else list(traceback.walk_tb(error.__traceback__))
+    built = any(frame.f_code.co_name == "__post_init__" for frame, _ in frames)
+    return str(error) if built else ""
+
+
+def plain_sentence(box: str) -> str:
+    """Take the complaint out of one of tyro's boxes, drawn with lines or with plain hyphens."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.strip().splitlines():
+        text = line.strip("│| ")
+        if re.fullmatch(r"[╭╰].*|[-─]{5,}", text):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    # A box carries its title in the line above; without one the title is a paragraph. Either way
+    # the complaint is the second.
+    complaint = " ".join(paragraphs[1] if len(paragraphs) > 1 else paragraphs[0])
+    # Our own checks name the setting themselves.
+    complaint = re.sub(r"^Error parsing \S+: (?=.* must (all )?be )", "", complaint)
+    for python, wanted in (
+        (r"invalid literal for int\(\) with base 10", "a whole number"),
+        ("could not convert string to float", "a number"),
+    ):
+        pattern = rf"^Error parsing --(\S+): .*{python}: ('.*')$"
+        complaint = re.sub(pattern, rf"\1 must be {wanted}, got \2", complaint)
+    return complaint
+
+
+def check_words(path: str, words: list[str], kind: object) -> None:
+    """Raise InputError for words of the command line that are no value of the setting's type."""
+    takes_list = tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
+    if not words and not takes_list:
+        raise refusal(f"command line: --{path} needs a value")
+    single = len(words) == 1 and not takes_list
+    check_value(path, words[0] if single else words, kind, "command line")
