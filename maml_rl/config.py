@@ -95,6 +95,13 @@ class Experiment(Generic[F]):
                 raise InputError(f"{name} must be at most {most}, got {value}")
 
 
+def observation_size(experiment: Experiment[TaskFamily]) -> int:
+    """Return how many numbers the policy observes: O, and P more where it observes the task."""
+    family = experiment.family
+    told = len(family.task_columns) if experiment.policy.observe_task else 0
+    return len(family.observation_columns) + told
+
+
 def experiment_type(family: type[TaskFamily], *marks: object) -> type[Experiment[TaskFamily]]:
     """Return the experiment's type for a family that is known only now, annotated for tyro."""
     marked = (Experiment[family], tyro.conf.FlagConversionOff, *marks)  # type: ignore[valid-type]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from envs.family import TaskFamily
-from maml_rl.config import Experiment
+from maml_rl.config import Experiment, observation_size
 from maml_rl.errors import InputError, RunStopped
 
 
@@ -21,9 +21,8 @@ def physical_memory() -> int:
 
 def parameter_count(experiment: Experiment[TaskFamily]) -> int:
     """Return the numbers that the experiment's own network and action noise have."""
-    family = experiment.family
-    A = len(family.action_columns)
-    widths = (len(family.observation_columns), *experiment.policy.layers, A)
+    A = len(experiment.family.action_columns)
+    widths = (observation_size(experiment), *experiment.policy.layers, A)
     return sum((i + 1) * o for i, o in itertools.pairwise(widths)) + A
 
 
@@ -55,8 +54,8 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
     inner, available = experiment.adaptation.inner_steps, physical_memory()
     parameters = parameter_count(experiment)
     # Observation, action, measures, reward and log-probability of a step.
-    columns = (family.observation_columns, family.action_columns, family.measure_columns)
-    numbers = sum(map(len, columns)) + 2
+    columns = (family.action_columns, family.measure_columns)
+    numbers = observation_size(experiment) + sum(map(len, columns)) + 2
     # On a GPU, one batch at a time is here, and the parameters are there.
     on_cpu = experiment.device == "cpu"
     sizes = {

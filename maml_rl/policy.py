@@ -38,6 +38,8 @@ class PolicySettings:
     """Logarithm of the action noise at the start, in the policy's unit."""
     action_scale: float = 1.0
     """The policy's action that is the body's bound. 10 explores a tenth as widely."""
+    observe_task: bool = False
+    """Whether the task's numbers are appended to the observation: an oracle's policy."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -149,6 +151,8 @@ class GaussianPolicy:
     network: Network
     action_size: int
     initial_log_std: float = 0.0
+    observes_task: bool = False
+    """Whether the last columns of an observation are the task's numbers."""
 
     def initial_parameters(self, seed: int) -> Params:
         """Draw theta from a seed; on the CPU, float32."""
@@ -172,7 +176,7 @@ def make_policy(
         if mean is None
         else ModuleNetwork(mean)
     )
-    return GaussianPolicy(network, action_size, settings.initial_log_std)
+    return GaussianPolicy(network, action_size, settings.initial_log_std, settings.observe_task)
 
 
 def log_std(params: Params) -> Tensor:

@@ -231,8 +231,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         the other tasks nor on how many episodes are still wanted.
         """
         M, K, H = len(tasks), self._episodes, self.family.episode_steps
-        width, A = len(self.family.observation_columns), self.policy.action_size
-        Q = len(self.family.measure_columns)
+        A, Q = self.policy.action_size, len(self.family.measure_columns)
+        told = tasks.cpu().unsqueeze(1).expand(M, K, -1)
+        width = len(self.family.observation_columns) + told.shape[2] * self.policy.observes_task
         running = (torch.arange(K) < wanted.unsqueeze(1)).flatten()
         starts, noise = self._draw(seeds, taken, running.reshape(M, K))
         out = Episodes(
@@ -262,7 +263,9 @@ class Sampler(AbstractContextManager["Sampler"]):
         where = widen(running)
         observations = self._worlds.reset(world_tasks, padded_starts, where)[: M * K]
         for t in range(H):
-            rows_now = observations.reshape(M, K, width)
+            rows_now = observations.reshape(M, K, -1)
+            if self.policy.observes_task:
+                rows_now = torch.cat([rows_now, told], 2)
             means = self.policy.network.of_tasks(params, rows_now.to(device))
             actions = means + std * noise[:, :, t]
             if not bool(torch.isfinite(actions).all()):

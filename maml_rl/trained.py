@@ -15,7 +15,13 @@ from torch import nn
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import Checkpoint, made_for
-from maml_rl.config import Experiment, as_tree, experiment_from, load_experiment
+from maml_rl.config import (
+    Experiment,
+    as_tree,
+    experiment_from,
+    load_experiment,
+    observation_size,
+)
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.maml import Chunks
@@ -35,6 +41,8 @@ class TrainedPolicy:
     policy: GaussianPolicy
     params: Params
     """theta, or theta' of one task."""
+    task: npt.NDArray[np.float32] | None = None
+    """(P,): the task that it was adapted to."""
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0), repr=False)
 
     def adapt(
@@ -103,7 +111,9 @@ class TrainedPolicy:
                 last=False,
             ):
                 params = {name: p[0].clone() for name, p in adapted.items()}
-        return replace(self, params=params, _rng=np.random.default_rng(seed))
+        return replace(
+            self, params=params, task=family.check_task(task), _rng=np.random.default_rng(seed)
+        )
 
     def act(
         self, observation: npt.ArrayLike, *, deterministic: bool = False
@@ -111,8 +121,18 @@ class TrainedPolicy:
         """Return an action for one observation (O,) or several (N, O), in the body's own unit.
 
         Clipped to the body's bounds. Stochastic unless `deterministic`, as in training.
+
+        Raises:
+            ValueError: if the policy observes the task and was not adapted to one.
         """
         rows = torch.as_tensor(np.asarray(observation, np.float32))
+        if self.policy.observes_task:
+            if self.task is None:
+                raise ValueError(
+                    "this policy observes its task; adapt it first, by 0 steps or more"
+                )
+            told = torch.from_numpy(self.task).expand(*rows.shape[:-1], -1)
+            rows = torch.cat([rows, told], -1)
         device = self.params[LOG_STD].device
         with torch.no_grad():
             batch = rows.reshape(-1, rows.shape[-1]).to(device)
@@ -136,7 +156,7 @@ def new_policy(experiment: Experiment[TaskFamily], mean: nn.Module | None = None
     check_device(experiment.device)
     check_policy_memory(experiment)
     family = experiment.family
-    inputs, outputs = len(family.observation_columns), len(family.action_columns)
+    inputs, outputs = observation_size(experiment), len(family.action_columns)
     module = None if mean is None else mean.to(experiment.device)
     policy = make_policy(experiment.policy, inputs, outputs, module)
     theta = to_device(policy.initial_parameters(experiment.seed), experiment.device)

@@ -115,3 +115,22 @@ def test_the_public_interface_is_there() -> None:
     for name in maml_rl.__all__:
         value = getattr(maml_rl, name)
         assert isinstance(value, str) or value.__doc__
+
+
+def test_a_policy_that_observes_its_task_is_told_it(tmp_path: Path) -> None:
+    """Trained, loaded and adapted by no step it acts on O numbers; before, it asks for a task."""
+    experiment = maml_rl.load_experiment(
+        "navigation", **SETTINGS, policy__observe_task=True, adaptation__inner_steps=0
+    )
+    maml_rl.meta_train(experiment, out=tmp_path / "run")
+    oracle = maml_rl.load(tmp_path / "run")
+    assert tuple(oracle.params["mean.0.weight"].shape) == (4, 8)
+    with pytest.raises(ValueError, match="observes its task"):
+        oracle.act(np.zeros(2))
+    goals = ([0.4, 0.0], [-0.4, 0.0])
+    first, second = (oracle.adapt(experiment.family, g, steps=0) for g in goals)
+    assert torch.equal(first.params["log_std"], oracle.params["log_std"])
+    several = first.act(np.zeros((3, 2)), deterministic=True)
+    assert several.shape == (3, 2)
+    np.testing.assert_array_equal(several[0], first.act(np.zeros(2), deterministic=True))
+    assert not np.array_equal(several[0], second.act(np.zeros(2), deterministic=True))
