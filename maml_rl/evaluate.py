@@ -21,7 +21,8 @@ from maml_rl.advantages import AdvantageSettings
 from maml_rl.episodes import Episodes, pack
 from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, chunk_size, estimate_in_chunks
 from maml_rl.policy import GaussianPolicy
-from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_generator, task_seeds
+from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_seeds
+from maml_rl.task_sets import held_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,17 +96,6 @@ class Evaluation:
             return math.nan
         variance = sum(values[mask].var(ddof=1) * mask.sum() for mask in masks)
         return 1.96 * math.sqrt(float(variance)) / len(values)
-
-
-def make_test_tasks(family: TaskFamily, count: int) -> npt.NDArray[np.float32]:
-    """Return the test tasks (count, P): always the same, and never drawn in training.
-
-    A family with finitely many tasks uses each equally often, so `count` is rounded up.
-    """
-    finite = family.finite_tasks
-    if finite is not None:
-        return np.tile(finite, (-(-count // len(finite)), 1))
-    return family.sample_tasks(count, task_generator(TEST, TEST_SEED, 0))
 
 
 def step_sizes(adaptation: AdaptationSettings, settings: EvaluationSettings) -> list[float]:
@@ -189,7 +179,7 @@ def evaluate(
         tasks_at_once: tasks that are simulated together; 0 is all.
         tasks: (T, P) to use in place of the test tasks.
     """
-    chosen = make_test_tasks(family, settings.tasks) if tasks is None else tasks
+    chosen = held_out(family, settings.tasks).tasks if tasks is None else tasks
     size = chunk_size(len(chosen), next(iter(theta.values())).device.type)
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []

@@ -21,7 +21,6 @@ from maml_rl.evaluate import (
     EvaluationSettings,
     adapt_to_tasks,
     evaluate,
-    make_test_tasks,
     step_sizes,
 )
 from maml_rl.maml import AdaptationSettings, Chunks
@@ -34,6 +33,7 @@ from maml_rl.sampler import (
     task_generator,
     task_seeds,
 )
+from maml_rl.task_sets import held_out
 
 FAMILY = Navigation2D(horizon=6, goal_radius=0.05)
 SETTINGS = EvaluationSettings(tasks=4, episodes=3, steps=2)
@@ -82,10 +82,10 @@ def check_same(one: Evaluation, other: Evaluation) -> None:
 def test_test_tasks_are_always_the_same_and_none_is_trained_on(family: TaskFamily) -> None:
     """They depend on nothing but the family; more of them begin with the fewer; and no run seed's
     training tasks share one with them."""
-    tasks = make_test_tasks(family, 7)
+    tasks = held_out(family, 7).tasks
     assert tasks.shape == (7, len(family.task_columns))
     np.random.seed(0)  # The global state must not matter.
-    assert np.array_equal(make_test_tasks(family, 7), tasks)
+    assert np.array_equal(held_out(family, 7).tasks, tasks)
     assert len(np.unique(tasks, axis=0)) == 7
     tested = set(map(tuple, tasks.tolist()))
     for seed in (0, 1, TEST_SEED):
@@ -97,7 +97,7 @@ def test_test_tasks_are_always_the_same_and_none_is_trained_on(family: TaskFamil
 @pytest.mark.parametrize(("count", "each"), [(4, 2), (5, 3), (1, 1)])
 def test_finite_families_use_each_task_equally_often(count: int, each: int) -> None:
     """The count is rounded up to a multiple of the family's tasks."""
-    tasks = make_test_tasks(HalfCheetahDir(), count)
+    tasks = held_out(HalfCheetahDir(), count).tasks
     assert sorted(tasks[:, 0].tolist()) == [-1.0] * each + [1.0] * each
 
 
@@ -169,7 +169,7 @@ def test_episodes_are_of_the_test_stream_and_figures_are_theirs() -> None:
     each task's returns over episodes, measures over live steps."""
     result = run()
     policy, theta = policy_of(FAMILY)
-    assert np.array_equal(result.tasks, make_test_tasks(FAMILY, 4))
+    assert np.array_equal(result.tasks, held_out(FAMILY, 4).tasks)
     with Sampler(FAMILY, policy, tasks=4, episodes=3) as sampler:
         episodes = sampler.sample(
             broadcast(theta, 4),
@@ -220,7 +220,7 @@ def test_each_update_learns_from_the_episodes_before_it() -> None:
     """theta_k+1 = theta_k - size_k grad L on the episodes that came with theta_k; after the last
     update there are none unless asked for. Episodes of each step are of that step's phase."""
     policy, theta = policy_of(FAMILY)
-    tasks = make_test_tasks(FAMILY, 3)
+    tasks = held_out(FAMILY, 3).tasks
     sizes = [0.5, 0.125]
     adaptation = AdaptationSettings(step_size=99.0, inner_loss="dice")
     chunks = Chunks(1)
