@@ -1,0 +1,138 @@
+"""Several tests side by side, with numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import envs
+from envs import HalfCheetahDir, Navigation2D
+from maml_rl.comparison import Outcome, compare, long_form
+from maml_rl.errors import InputError
+from maml_rl.evaluate import Evaluation
+
+NAVIGATION = Navigation2D(horizon=6)
+GOALS = np.array([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.5], [0.0, 0.25]], np.float32)
+
+
+def outcome(
+    returns: list[list[float]],
+    *,
+    method: str = "maml",
+    seed: int = 0,
+    step_size: float = 0.5,
+    source: str = "test",
+    tasks: np.ndarray = GOALS,
+) -> Outcome:
+    """A test whose measure is a hundredth of its return."""
+    array = np.array(returns)
+    evaluation = Evaluation(tasks, array, array * 0 + 2.0, array[..., None] / 100, episodes=7)
+    return Outcome(method, seed, step_size, source, evaluation)
+
+
+def test_figures_by_hand() -> None:
+    """Two runs of maml, one oracle of mean 10: (R1 - R0) / (10 - R0), and so on."""
+    runs = [
+        outcome([[0, 0, 4, 0], [8, 0, 3, 1]], seed=0),
+        outcome([[0, 0, 0, 0], [8, 0, 3, 1]], seed=1),
+        outcome([[12, 8, 11, 9]], method="oracle"),
+    ]
+    maml, oracle = compare(runs, NAVIGATION)
+    assert (maml.method, maml.seeds, maml.episodes) == ("maml", (0, 1), 7)
+    before, after = maml.steps
+    assert (before.mean, after.mean) == (0.5, 3.0)
+    assert after.gap_closed == pytest.approx(2.5 / 9.5)
+    assert before.gap_closed == 0.0
+    # One of eight fell: 4 to 3 in the first run.
+    assert (before.share_worse, after.share_worse) == (0.0, 0.125)
+    # Sorted 0 0 1 1 3 3 8 8: the middle half is 1 1 3 3.
+    assert after.interquartile_mean == 2.0
+    assert after.sd_over_tasks == pytest.approx(np.std([8, 0, 3, 1]))
+    assert after.measures.tolist() == pytest.approx([0.03])
+    assert after.interval[0] < 3.0 < after.interval[1]
+    # Both runs agree after the step, and not before.
+    assert after.interval_over_runs == (2.0, 2.0)
+    assert before.interval_over_runs[0] <= before.interquartile_mean
+    assert all(map(math.isnan, oracle.steps[0].interval_over_runs))
+    assert after.by_task == {}
+
+
+def test_without_an_oracle_above_there_is_no_gap() -> None:
+    """None given, or one on other tasks, or below."""
+    run = outcome([[5, 5, 5, 5], [6, 6, 6, 6]])
+    for others in (
+        [],
+        [outcome([[9, 9, 9, 9]], method="oracle", source="paper")],
+        [outcome([[5, 5, 5, 5]], method="oracle")],
+    ):
+        assert math.isnan(compare([run, *others], NAVIGATION)[0].steps[1].gap_closed)
+
+
+def test_step_sizes_and_sets_of_tasks_stand_apart() -> None:
+    """In the order given."""
+    runs = [
+        outcome([[1, 1, 1, 1]], step_size=0.1),
+        outcome([[2, 2, 2, 2]], step_size=0.2),
+        outcome([[3, 3, 3, 3]], step_size=0.1, source="chosen"),
+    ]
+    found = compare(runs, NAVIGATION)
+    assert [(s.step_size, s.source, s.steps[0].mean) for s in found] == [
+        (0.1, "test", 1.0),
+        (0.2, "test", 2.0),
+        (0.1, "chosen", 3.0),
+    ]
+
+
+def test_a_finite_family_is_told_by_task() -> None:
+    """Forward and backward on their own, and the interval within each."""
+    tasks = np.array([[1.0], [-1.0], [1.0], [-1.0]], np.float32)
+    (scores,) = compare([outcome([[100, 1, 102, 3]], tasks=tasks)], HalfCheetahDir(horizon=6))
+    step = scores.steps[0]
+    assert {name: value for name, (value, _) in step.by_task.items()} == {
+        "backward": 2.0,
+        "forward": 101.0,
+    }
+    assert step.by_task["forward"][1].tolist() == [1.01]
+    assert step.interval[1] - step.interval[0] <= 2.0
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    """One seed twice, other tasks, other numbers of steps."""
+    run = outcome([[1, 1, 1, 1]])
+    for other, complaint in (
+        (outcome([[2, 2, 2, 2]]), "have the same seed"),
+        (outcome([[2, 2, 2, 2]], seed=1, tasks=-GOALS), "the same tasks"),
+        (outcome([[2, 2, 2, 2]] * 2, seed=1), "the same number of steps"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            compare([run, other], NAVIGATION)
+
+
+def test_the_long_form_has_a_row_a_task_and_step() -> None:
+    """With every column that tells where a number comes from."""
+    rows = list(
+        long_form([outcome([[1, 2, 3, 4], [5, 6, 7, 8]], method="random", seed=3)], NAVIGATION)
+    )
+    assert len(rows) == 8
+    assert rows[5] == {
+        "family": "navigation",
+        "protocol": "",
+        "method": "random",
+        "seed": 3,
+        "task": 1,
+        "task_goal_x": pytest.approx(-0.3),
+        "task_goal_y": pytest.approx(0.4),
+        "gradient_steps": 1,
+        "return_mean": 6.0,
+        "return_sd": 2.0,
+        "episodes": 7,
+        "distance_mean": 0.06,
+        "step_size": 0.5,
+        "tasks": "test",
+    }
+    ant = next(
+        iter(long_form([outcome([[1]], tasks=np.ones((1, 1), np.float32))], envs.make("ant_vel")))
+    )
+    assert ant["protocol"] == "paper"
