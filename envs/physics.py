@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Mapping
 
 import mujoco
@@ -24,9 +25,21 @@ except ImportError as missing:
         "pip install 'mujoco>=3.17'"
     ) from missing
 
-# Of torch's threads, too, only the one that forked is alive in a child, where the first product
-# that is shared among several would wait for ever.
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+_POOLS: weakref.WeakSet[CpuPhysics] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Keep a child from waiting for its parent's threads, of which it has none.
+
+    A batch's destructor would, so none is ever run; and so would the first of torch's products that
+    is shared among threads.
+    """
+    for physics in list(_POOLS):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(physics._batch))
+    torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 STATE_FIELDS = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl")
 """What a world's future depends on."""
@@ -58,6 +71,7 @@ class CpuPhysics:
             mujoco.mjtStage.mjSTAGE_VEL if model.nsensor else mujoco.mjtStage.mjSTAGE_NONE
         ).value
         self._start_threads()
+        _POOLS.add(self)
 
     def _start_threads(self) -> None:
         """Make the batch and its views."""
@@ -79,12 +93,11 @@ class CpuPhysics:
         """After a fork, begin anew from the state of the parent's worlds.
 
         Only the thread that forked is alive in the child: a call on the inherited batch would
-        wait for ever for threads that are not there, and so would its destructor.
+        wait for ever for threads that are not there.
         """
         if self._process == os.getpid():
             return
         inherited = self._batch
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # so that it is never destroyed
         self._start_threads()
         for field in STATE_FIELDS:
             self._batch.bind(field)[:] = inherited.bind(field)

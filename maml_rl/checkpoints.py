@@ -87,6 +87,10 @@ class State:
         return cls(best_return=-math.inf if best is None else float(best), **saved)
 
 
+FRESH = State(iteration=0, env_steps=0, best_return=-math.inf, best_iteration=-1)
+"""Of a run that has done nothing yet."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a checkpoint was made for and with, beside its numbers."""
@@ -174,7 +178,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         # Through the folder's handle, so that a run that renames it meanwhile does no harm.
         return _read(folder, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise
         what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
@@ -183,6 +187,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: {PARAMETERS}: {error}") from error
     finally:
         os.close(folder)
+
+
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError),
+)
+"""What reading a file may raise that was not written by us."""
 
 
 class NewerFormatError(CheckpointError):
@@ -206,9 +216,7 @@ def _read(folder: int, path: Path) -> Checkpoint:
         raise ValueError(f"{MANIFEST} names other files than a checkpoint's: {sorted(files)}")
     contents = {}
     for name, expected in files.items():
-        content = read_file(folder, name)
-        if len(content) != expected["bytes"]:
-            raise ValueError(f"{name} has {len(content)} bytes, expected {expected['bytes']}")
+        content = read_file(folder, name, expected["bytes"])
         if digest(content) != expected["sha256"]:
             raise ValueError(f"{name} does not match its sha256")
         contents[name] = content
@@ -229,8 +237,8 @@ def _read(folder: int, path: Path) -> Checkpoint:
     )
 
 
-def read_file(folder: int, name: str) -> bytes:
-    """Read a plain file in an open folder, unless it is a link or larger than it may be.
+def read_file(folder: int, name: str, expected: int | None = None) -> bytes:
+    """Read a plain file in an open folder, unless it is a link or of another size than it may be.
 
     Raises:
         OSError: if it cannot be read.
@@ -248,6 +256,8 @@ def read_file(folder: int, name: str) -> bytes:
             raise ValueError(f"{name} is no plain file")
         if found.st_size > LARGEST[name]:
             raise ValueError(f"{name} has {found.st_size} bytes, at most {LARGEST[name]} expected")
+        if expected is not None and found.st_size != expected:
+            raise ValueError(f"{name} has {found.st_size} bytes, expected {expected}")
         return file.read()
 
 
@@ -281,8 +291,8 @@ class Checkpoints:
             OSError: if it cannot be written; the old ones are kept.
         """
         self.path.mkdir(exist_ok=True)
-        self._settle("best")
-        self._settle("latest")
+        for name in KINDS:
+            self._settle(name)
         if best is not None:
             write_checkpoint(self._hidden("best"), *best, origin)
             self._replace("best", keep_as=None)
@@ -302,16 +312,21 @@ class Checkpoints:
 
     def _replace(self, name: str, keep_as: str | None) -> None:
         """Let the hidden new checkpoint take its place, and keep or remove the one before."""
-        present, old = self.path / name, self.path / ".old"
-        shutil.rmtree(old, ignore_errors=True)
+        present = self.path / name
+        # What goes: the old best, or what was kept until now, which counts until the end.
+        going = self.path / f".{name}.old" if keep_as is None else self._hidden(keep_as)
+        shutil.rmtree(going, ignore_errors=True)
         if present.exists():
-            kept = old if keep_as is None else self.path / keep_as
-            if keep_as is not None and kept.exists():
-                os.replace(kept, old)
-            os.replace(present, kept)
+            if keep_as is None:
+                os.replace(present, going)
+            else:
+                kept = self.path / keep_as
+                if kept.exists():
+                    os.replace(kept, going)
+                os.replace(present, kept)
         os.replace(self._hidden(name), present)
         sync_folder(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(going, ignore_errors=True)
 
     def find(self, name: str) -> Path:
         """Return where a checkpoint lies: under its name, or as a kill between renames left it."""

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -38,7 +38,7 @@ from maml_rl.config import (
     find_experiment,
     shipped_experiments,
 )
-from maml_rl.errors import InputError, RunStopped, RunWarning, one_line
+from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
 from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
@@ -46,7 +46,7 @@ from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
 from maml_rl.settings import normal_flag, parse_with_tyro
 from maml_rl.signals import exit_code
-from maml_rl.terminal import evaluation_notes, evaluation_table, step_words, watching
+from maml_rl.terminal import Terminal, evaluation_notes, evaluation_table, step_words, watching
 from maml_rl.train import evaluate_policy, meta_train, resume
 from maml_rl.trained import TrainedPolicy, check_device, load
 from maml_rl.versions import differences
@@ -296,7 +296,7 @@ def replay_command(words: Sequence[str], console: Console) -> None:
     )
     for name, values in {**dump.state, "action": broken.actions[-1]}.items():
         numbers = " ".join(f"{v:.6g}" for v in values)
-        console.print(f"  {name}: {numbers}", highlight=False, soft_wrap=True)
+        console.print(f"  {printable(name)}: {numbers}", highlight=False, soft_wrap=True)
     if again.diverged_at != last:
         what = (
             "did not break down"
@@ -305,7 +305,7 @@ def replay_command(words: Sequence[str], console: Console) -> None:
         )
         made_with = ", ".join(differences(dump.versions)) or "the versions that are here"
         raise RunStopped(f"here the simulation {what}; the dump was made with {made_with}", 3)
-    same = all(np.array_equal(again.state[n], v) for n, v in dump.state.items())
+    same = all(np.array_equal(again.state.get(n, ()), v) for n, v in dump.state.items())
     how = "from the very same state" if same else "from a state that differs in its last digits"
     console.print(f"The simulation broke down again in this step, {how}.", soft_wrap=True)
 
@@ -415,7 +415,7 @@ def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, li
 def run(words: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     # Folders may be called anything, so text is never read as markup.
-    console = Console(markup=False)
+    console = Terminal(markup=False)
     if not words or words[0] in ("-h", "--help", "help"):
         print(INTRODUCTION, end="")
         return 0 if words else 2
@@ -423,7 +423,7 @@ def run(words: Sequence[str]) -> int:
         if words[0] not in COMMANDS:
             near = difflib.get_close_matches(words[0], COMMANDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise InputError(f"there is no command {words[0]!r}: {hint}")
+            raise refusal(f"there is no command {words[0]!r}: {hint}")
         with printed_warnings():
             COMMANDS[words[0]](words[1:], console)
     except RunStopped as stopped:
@@ -439,9 +439,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def complain(what: object) -> None:
-    """Print a message on stderr, whatever a file or a word put into it."""
-    lines = map(one_line, str(what).splitlines())
-    print("maml-rl: " + "\n".join(lines), file=sys.stderr)
+    """Print a message on stderr, whatever a file or a word put into it, if it can be written."""
+    lines = map(printable, str(what).splitlines())
+    with suppress(OSError):
+        print("maml-rl: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 @contextmanager

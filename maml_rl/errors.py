@@ -25,11 +25,17 @@ class RunWarning(UserWarning):
     """Something is not as it should be, and the run goes on; the message says with what."""
 
 
+def printable(text: str) -> str:
+    """Return text without control characters, which could make a terminal show anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(text: str) -> str:
     """Return a message for a terminal: no control characters, and long values cut in the middle."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     plain = re.sub(
-        r"\w{61,}", lambda m: f"{m[0][:20]}...{m[0][-10:]} ({len(m[0])} characters)", plain
+        r"\w{61,}",
+        lambda m: f"{m[0][:20]}...{m[0][-10:]} ({len(m[0])} characters)",
+        printable(text),
     )
     return plain if len(plain) <= 1000 else f"{plain[:700]} ... {plain[-200:]}"
 

@@ -7,8 +7,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from maml_rl.checkpoints import KINDS, MANIFEST, Checkpoint, read_checkpoint
-from maml_rl.errors import CheckpointError
+from maml_rl.checkpoints import (
+    KINDS,
+    MANIFEST,
+    Checkpoint,
+    NewerFormatError,
+    read_checkpoint,
+)
+from maml_rl.errors import CheckpointError, InputError, printable
 from maml_rl.locks import holder
 from maml_rl.plain_yaml import leaves, read_yaml
 from maml_rl.runs import RunFolder, count_rows
@@ -21,7 +27,7 @@ def inspect_run(path: Path, console: Console) -> None:
         InputError: if it is neither.
         CheckpointError: after printing, if a checkpoint in it is damaged or the latest missing.
     """
-    if (path / MANIFEST).exists() or path.parent.name == "checkpoints":
+    if is_checkpoint(path):
         print_checkpoint(read_checkpoint(path), console)
         return
     folder = RunFolder.open(path)
@@ -42,7 +48,8 @@ def inspect_run(path: Path, console: Console) -> None:
             found[name] = read_checkpoint(where)
             words[name] = "whole"
         except CheckpointError as error:
-            words[name] = "damaged" if where.exists() else "missing"
+            newer = isinstance(error, NewerFormatError)
+            words[name] = "newer" if newer else "damaged" if where.exists() else "missing"
             # A run can do without the others: they may not have been made yet.
             if where.exists() or name == "latest":
                 complaints.append(str(error))
@@ -63,6 +70,18 @@ def inspect_run(path: Path, console: Console) -> None:
         print_checkpoint(newest, console)
     if complaints:
         raise CheckpointError("; ".join(complaints))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or not, and no run.
+
+    Raises:
+        InputError: if it cannot be looked at.
+    """
+    try:
+        return (path / MANIFEST).exists() or path.resolve().parent.name == "checkpoints"
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
@@ -88,4 +107,4 @@ def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
 
 def say(console: Console, text: str) -> None:
     """Print a line as it is, for people and for grep."""
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, soft_wrap=True)

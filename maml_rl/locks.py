@@ -35,12 +35,15 @@ class FolderLock:
         self._path = folder / NAME
         self._handle = -1
         while self._handle < 0:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(handle)
-                raise InputError(f"{folder} is in use by {holder(folder)}") from error
+                user = holder(folder)
+                if not user:
+                    continue  # somebody only looked who has it
+                raise InputError(f"{folder} is in use by {user}") from error
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     os.close(handle)
@@ -93,7 +96,7 @@ os.register_at_fork(after_in_child=_forget_all)
 def holder(folder: Path) -> str:
     """Return who has a folder's lock, "process 12 on host", or "" if nobody has."""
     try:
-        handle = os.open(folder / NAME, os.O_RDONLY)
+        handle = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return ""
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from envs.family import Floats, TaskFamily
+from maml_rl.checkpoints import UNREADABLE
 from maml_rl.config import Experiment, experiment_from, to_yaml
 from maml_rl.errors import InputError
 from maml_rl.plain_yaml import parse_yaml
@@ -91,6 +92,8 @@ def read_dump(path: Path) -> Dump:
         InputError: if it cannot be read or is none.
     """
     try:
+        if not path.is_file():
+            raise InputError(f"cannot read {path}: it is no plain file")
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path} is too large for a dump: {path.stat().st_size} bytes")
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +122,7 @@ def read_dump(path: Path) -> Dump:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         what = " ".join(str(error).split())
         raise InputError(f"{path} is not a dump of maml-rl: {what}") from error
 

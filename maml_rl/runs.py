@@ -30,10 +30,21 @@ import numpy as np
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.checkpoints import Checkpoint, Checkpoints, Origin, State, as_json, origin_of
+from maml_rl.checkpoints import (
+    FRESH,
+    KINDS,
+    Checkpoint,
+    Checkpoints,
+    Origin,
+    State,
+    as_json,
+    origin_of,
+    sync_folder,
+)
 from maml_rl.config import Experiment, family_name
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation
+from maml_rl.locks import NAME as LOCK
 from maml_rl.locks import FolderLock, holder
 from maml_rl.versions import versions
 
@@ -49,6 +60,7 @@ class RunFolder:
         self._lock: FolderLock | None = None
         self._origin: Origin | None = None
         self._events: Events | None = None
+        self._saved = 0
         # Not written yet: to metrics.csv, to TensorBoard.
         self._rows: list[Row] = []
         self._points: list[Row] = []
@@ -79,7 +91,7 @@ class RunFolder:
         try:
             if path.exists() and not path.is_dir():
                 raise InputError(f"{path} is a file; choose another folder with --out DIR")
-            if path.is_dir() and any(path.iterdir()):
+            if path.is_dir() and not is_unused(path):
                 user = holder(path)
                 what = f"is in use by {user}" if user else "exists and is not empty"
                 raise InputError(f"{path} {what}; choose another folder with --out DIR")
@@ -101,11 +113,11 @@ class RunFolder:
             raise cannot_write(path, error, elsewhere=True) from error
         folder.lock()
         try:
-            if len(list(path.iterdir())) > 1:
+            if not is_unused(path):
                 raise InputError(f"{path} has just been taken; choose another with --out DIR")
             check_space(path, theta)
             folder._origin = origin_of(experiment)
-            folder.save(theta, State(0, 0, -np.inf, -1), best=None)
+            folder.save(theta, FRESH, best=None)
             write_whole(path / "versions.json", as_json(versions()))
             # Last, since it is what makes a folder a run's.
             folder.rewrite_config(experiment)
@@ -130,11 +142,29 @@ class RunFolder:
             known = (path / "config.yaml").is_file()
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
+        folder = cls(path)
         if not known:
-            kept = path / "checkpoints" / "latest" / "config.yaml"
-            hint = f"; {kept} is a copy of what it was" if kept.is_file() else ""
-            raise InputError(f"{path} is not a run folder: it has no config.yaml{hint}")
-        return cls(path)
+            if not folder.checkpoints.path.is_dir():
+                raise InputError(f"{path} is not a run folder: it has no config.yaml")
+            folder.restore_config()
+        return folder
+
+    def restore_config(self) -> None:
+        """Write the config that the newest whole checkpoint was made with in place of a lost one.
+
+        Raises:
+            InputError: if none is whole, or the folder cannot be written.
+        """
+        found = self.load()
+        try:
+            write_whole(self.config, found.origin.config)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        warnings.warn(
+            f"{self.config} was missing and is that of checkpoint {found.path.name!r} again",
+            RunWarning,
+            stacklevel=3,
+        )
 
     def lock(self) -> None:
         """Keep other processes from training here until closed.
@@ -143,6 +173,8 @@ class RunFolder:
             InputError: if one does already, naming it, or if the folder cannot be written.
         """
         try:
+            for entry in self.path.iterdir():
+                check_no_link(entry)
             self._lock = FolderLock(self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -177,36 +209,51 @@ class RunFolder:
         """
         self._rows.append(row)
         self._points.append(row)
-        try:
-            append_rows(self.metrics, self._rows)
-            self._rows.clear()
-            if self._events is None:
-                step = int(self._points[0]["iteration"])
-                self._events = Events(self.path / "tensorboard", step)
-            while self._points:
-                self._events.add(self._points[0])
-                self._points.pop(0)
-        except OSError as error:
+        if trouble := self._write_rows():
             warnings.warn(
-                f"iteration {row['iteration']} cannot be written to {self.metrics} and "
-                f"TensorBoard's file: {error.strerror}; training goes on, and what is missing is "
-                "tried again with the next",
+                f"iteration {row['iteration']} cannot be written to {trouble}; training goes on, "
+                "and what is missing is tried again with the next",
                 RunWarning,
                 stacklevel=2,
             )
 
+    def _write_rows(self) -> str:
+        """Write what is not written yet; return what cannot be, and why, or ""."""
+        troubles = []
+        try:
+            if self._rows:
+                append_rows(self.metrics, self._rows)
+            self._rows.clear()
+        except OSError as error:
+            troubles.append(f"{self.metrics} ({error.strerror})")
+        where = self.path / "tensorboard"
+        try:
+            if self._points and self._events is None:
+                self._events = Events(where, int(self._points[0]["iteration"]))
+            while self._points and self._events is not None:
+                self._events.add(self._points[0])
+                self._points.pop(0)
+        except OSError as error:
+            troubles.append(f"{where} ({error.strerror})")
+        return " and ".join(troubles)
+
     def drop_rows_from(self, iteration: int) -> None:
         """Remove metrics of iterations that a resumed run will do again, and half-written ones."""
-        try:
-            text = self.metrics.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+        if not self.metrics.is_file():
             return
-        whole = text[: text.rfind("\n") + 1]
-        rows = list(csv.reader(io.StringIO(whole)))
-        header, expected = rows[:1], len(rows[0]) if rows else 0
-        kept = [
-            r for r in rows[1:] if len(r) == expected and r[0].isdigit() and int(r[0]) < iteration
-        ]
+        text = self.metrics.read_text(encoding="utf-8", errors="replace")
+        # One by one: a quotation mark that should not be there must not swallow the lines below.
+        lines = [one_row(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        header, rows = lines[:1], lines[1:]
+        numbered = {int(r[0]): r for r in rows if is_whole(r, header[0])}
+        kept = [r for number, r in sorted(numbered.items()) if number < iteration]
+        missing = sorted(set(range(iteration)) - numbered.keys())
+        if missing:
+            warnings.warn(
+                f"{self.metrics} lacks iterations {shorten(missing)}",
+                RunWarning,
+                stacklevel=2,
+            )
         out = io.StringIO()
         csv.writer(out).writerows(header + kept)
         write_whole(self.metrics, out.getvalue())
@@ -224,6 +271,7 @@ class RunFolder:
         """
         assert self._origin is not None, "a folder only opened for reading"
         self.checkpoints.save(theta, state, self._origin, best=best)
+        self._saved = state.iteration
 
     def load(self, which: str = "latest") -> Checkpoint:
         """Load a checkpoint.
@@ -251,6 +299,8 @@ class RunFolder:
             InputError: if it cannot be made.
         """
         folder = self.path / "evaluation" if out is None else out
+        if out is None:
+            check_no_link(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -315,7 +365,22 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Close TensorBoard's file and release the lock."""
+        """Write what could not be written before, close TensorBoard's file, release the lock.
+
+        A RunWarning names iterations whose metrics are lost.
+        """
+        trouble = self._write_rows()
+        # What no checkpoint has gone beyond a resumed run does again.
+        rows = (*self._rows, *self._points)
+        lost = sorted({i for row in rows if (i := int(row["iteration"])) < self._saved})
+        if lost:
+            warnings.warn(
+                f"the metrics of iterations {shorten(lost)} are lost: {trouble} cannot be written",
+                RunWarning,
+                stacklevel=2,
+            )
+        self._rows.clear()
+        self._points.clear()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -338,11 +403,19 @@ class Events:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
-        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-        self._file = (folder / f"events.out.tfevents.{stamp}").open("ab", buffering=0)
+        # Readers go by the names' order, whatever this host's clock says.
+        earlier = [p.name.split(".")[3] for p in folder.glob("events.out.tfevents.*")]
+        seconds = max([int(time.time()), *(int(e) + 1 for e in earlier if e.isdecimal())])
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("xb", buffering=0)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(file_version="brain.Event:2")
-        self._write(step=step, session_log=start)
+        try:
+            self._write(file_version="brain.Event:2")
+            self._write(step=step, session_log=start)
+        except OSError:
+            self.close()
+            (folder / name).unlink(missing_ok=True)
+            raise
 
     def _write(self, **entries: object) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -370,18 +443,52 @@ class Events:
         self._file.close()
 
 
+def one_row(line: str) -> list[str]:
+    """Return the cells of one line of CSV; none where it is no CSV."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def is_whole(row: Sequence[str], header: Sequence[str]) -> bool:
+    """Whether a row has a cell a column, and begins with the number of an iteration."""
+    return len(row) == len(header) and row[0].isascii() and row[0].isdecimal()
+
+
+def shorten(numbers: Sequence[int]) -> str:
+    """Return numbers in words, the first few of many."""
+    shown = ", ".join(map(str, numbers[:5]))
+    return shown if len(numbers) <= 5 else f"{shown} and {len(numbers) - 5} more"
+
+
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append rows to a CSV file, with a header where it is new; all or none.
+
+    Where the file has other columns, as after a change of settings, it is written anew with the
+    columns of both, empty where a row has none.
 
     Raises:
         OSError: if they cannot be written.
     """
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    header = one_row(before.partition("\n")[0]) or list(rows[0])
+    added = [name for name in rows[0] if name not in header]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    with path.open("ab", buffering=0) as file:
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(text, header + added, restval="")
+    if not before or added:
+        writer.writeheader()
+    if added:
+        writer.writerows(
+            dict(zip(header, one_row(r), strict=False)) for r in before.splitlines()[1:]
+        )
+    writer.writerows(rows)
+    if added:
+        write_whole(path, text.getvalue())
+        return
+    # Not blocking, since a pipe that nobody reads would never open.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    with io.FileIO(os.open(path, flags, 0o644), "ab") as file:
         append(file, text.getvalue().encode())
 
 
@@ -410,14 +517,29 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_no_link(entry: Path) -> None:
+    """Raise InputError where something in a run folder is a link, which could lead anywhere."""
+    if entry.is_symlink():
+        raise InputError(f"{entry} is a link, and a run folder holds none: remove it")
+
+
+def is_unused(path: Path) -> bool:
+    """Whether a folder holds nothing but what a start that was killed may have left."""
+    names = {entry.name for entry in path.iterdir()} - {LOCK}
+    begun = path / "checkpoints"
+    return not names or (names == {begun.name} and not any((begun / k).exists() for k in KINDS))
 
 
 def cannot_write(path: Path, error: OSError, *, elsewhere: bool = False) -> InputError:
@@ -465,10 +587,9 @@ def summarise(evaluation: Evaluation, family: TaskFamily) -> list[dict[str, obje
 
 def count_rows(path: Path) -> int:
     """Return how many iterations a metrics.csv holds; 0 if there is none."""
-    try:
-        return max(0, path.read_text(encoding="utf-8", errors="replace").count("\n") - 1)
-    except FileNotFoundError:
+    if not path.is_file():
         return 0
+    return max(0, path.read_text(encoding="utf-8", errors="replace").count("\n") - 1)
 
 
 def read_metrics(path: Path) -> dict[str, Sequence[float]]:
@@ -476,4 +597,7 @@ def read_metrics(path: Path) -> dict[str, Sequence[float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     words = {"refused_because", "accepted"}
-    return {n: [float(r[n]) for r in rows] for n in rows[0] if n not in words} if rows else {}
+    if not rows:
+        return {}
+    # A column that a change of settings has brought is empty before.
+    return {n: [float(r[n] or "nan") for r in rows] for n in rows[0] if n not in words}

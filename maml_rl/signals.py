@@ -19,7 +19,8 @@ def raise_on_terminate() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
@@ -62,7 +63,11 @@ def stop_requests() -> Iterator[StopRequests]:
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
-    before = {s: signal.signal(s, requests.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    # What a script has switched off for its background jobs stays off.
+    wanted = [
+        s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN
+    ]
+    before = {s: signal.signal(s, requests.note) for s in wanted}
     try:
         yield requests
     finally:

@@ -24,10 +24,11 @@ from envs.family import decided
 from envs.locomotion import LocomotionFamily
 from envs.physics import CpuPhysics
 from maml_rl.adapt import broadcast
+from maml_rl.checkpoints import FRESH
 from maml_rl.config import load_experiment
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import TRAINING, task_generator, task_seeds
-from maml_rl.train import FRESH, Trainer, record
+from maml_rl.train import Trainer, record
 from maml_rl.trained import new_policy
 
 REPEATS = 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,6 +15,19 @@ from envs import TaskFamily
 from maml_rl.evaluate import Evaluation
 from maml_rl.runs import Row
 from maml_rl.train import Watcher
+
+
+class Terminal(Console):
+    """A console that training survives: a full disk or a closed pipe only ends what is shown."""
+
+    def print(self, *objects: object, **named: Any) -> None:  # rich's own name
+        """Print, if it can be written."""
+        with suppress(OSError):
+            super().print(*objects, **named)
+
+    def on_broken_pipe(self) -> None:
+        """Show nothing more, where rich would leave the program."""
+        self.quiet = True
 
 
 class Lines:

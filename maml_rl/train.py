@@ -17,7 +17,7 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.checkpoints import State
+from maml_rl.checkpoints import FRESH, State
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
@@ -239,9 +239,6 @@ class Trainer:
         self.chunks.close()
 
 
-FRESH = State(iteration=0, env_steps=0, best_return=-math.inf, best_iteration=-1)
-
-
 def record(folder: RunFolder, trainer: Trainer, row: Row) -> None:
     """Write an iteration's metrics and checkpoint.
 
@@ -273,7 +270,7 @@ def check_refusals(trainer: Trainer, row: Row) -> None:
     raise RunStopped(
         f"{count} updates in a row were refused, the last because: {row['refused_because']}. "
         f"The run ends after {trainer.state.iteration} of {experiment.iterations} iterations; "
-        f"try {advice}",
+        f"try {advice}: in a new run, or in this one's config.yaml before it is resumed",
         3,
     )
 
@@ -376,11 +373,14 @@ def resume(
         RunStopped: if the run ended early again.
     """
     folder = RunFolder.open(Path(run))
-    experiment = load_experiment(folder.config)
     folder.lock()
     try:
+        experiment = load_experiment(folder.config)
         policy, found = restore(folder, experiment, mean=mean)
         state = found.state
+        if state.refused_in_a_row >= experiment.max_refused:
+            # The run had ended for it; whoever resumes it wants it to be tried anew.
+            state = replace(state, refused_in_a_row=0)
         check_memory(experiment, "sampling")
         if iterations is not None and iterations < state.iteration:
             raise InputError(

@@ -22,6 +22,7 @@ from tensorboard.summary.writer import record_writer
 
 import maml_rl.cli
 from maml_rl.__main__ import main
+from maml_rl.signals import exit_code, raise_on_terminate
 from tests.tiny import flags
 
 IMPORTED = (event_pb2, record_writer, maml_rl.cli)
@@ -39,7 +40,10 @@ def child(out: Path, log: Path) -> None:
     words = ["resume", str(out)] if begun else [*TRAIN, "--out", str(out)]
     sys.argv = ["maml-rl", *words]
     try:
-        main()
+        try:
+            main()
+        except KeyboardInterrupt as early:  # before the command has begun to look after it
+            sys.exit(exit_code(early))
     except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -49,6 +53,7 @@ def child(out: Path, log: Path) -> None:
 def interrupt(out: Path, number: int, seed: int, rounds: int) -> list[int]:
     """Return the exit codes of processes that were sent a signal, and of the one that ended."""
     rng, codes = random.Random(seed), []
+    raise_on_terminate()  # for the child's first instants
     # The first use of these imports for a second. One thread, so that no other is lost in a fork.
     torch.set_num_threads(1)
     torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(2, 3))

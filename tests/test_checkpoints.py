@@ -307,6 +307,7 @@ def test_a_manifest_of_other_types_is_refused(change: dict[str, object], tmp_pat
         b"{}",
         b"null",
         b"[" * 100_000,
+        b'{"best_return": 1' + b"0" * 400 + b"}",
         as_json(vars(state(1)) | {"iteration": -1}).encode(),
         as_json(vars(state(1)) | {"iteration": 1.5}).encode(),
         as_json(vars(state(1)) | {"iteration": True}).encode(),
@@ -334,6 +335,9 @@ SAVE_UNTIL_KILLED = """
     warnings.simplefilter("ignore")
     made = Checkpoints(Path(sys.argv[1]) / "checkpoints")
     made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0)))
+    began = time.perf_counter()
+    made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0)))
+    save = time.perf_counter() - began
     rng, unloadable, went_back, newest = random.Random(int(sys.argv[2])), 0, 0, 0
     for _ in range(int(sys.argv[3])):
         begin, said = made.load().state.iteration, os.pipe()
@@ -342,7 +346,7 @@ SAVE_UNTIL_KILLED = """
             for n in range(begin + 1, begin + 10_000):
                 made.save(theta(n), state(n), ORIGIN, best=(theta(n), state(n)) if n % 2 else None)
                 os.write(said[1], n.to_bytes(8, "little"))
-        time.sleep(rng.uniform(0.002, 0.04))
+        time.sleep(rng.uniform(0.2, 4.0) * save)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(said[1])

@@ -222,3 +222,15 @@ def test_a_mujoco_without_batches_is_told_which_version_is_needed() -> None:
     assert done.returncode == 2
     assert "pip install 'mujoco>=3.17'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_names_are_printed_whole_and_without_control_characters(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line to type must not be cut, nor may a folder's name clear the screen."""
+    long = "a" * 90
+    assert run(["train", "navigation", *TINY, "--out", long, "--quiet"]) == 0
+    assert run(["resume", long, "--iterations", "0"]) == 2
+    assert f"{long} has done 1 iterations" in capsys.readouterr().err
+    assert run(["resume", "\x1b[2Jx"]) == 2
+    assert "\\x1b[2Jx is not a run folder" in capsys.readouterr().err
