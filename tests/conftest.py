@@ -1,12 +1,13 @@
-"""Fixtures that more than one test module needs."""
+"""Fixtures and helpers that more than one test module needs."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -58,3 +59,12 @@ def files_at_most(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def rows(run: Path) -> list[Mapping[str, str]]:
+    """Rows of a run's metrics without the times, which no two runs share."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [
+            {k: v for k, v in row.items() if not k.startswith("seconds")}
+            for row in csv.DictReader(file)
+        ]

@@ -5,7 +5,6 @@ Damaged and hostile checkpoints are in test_checkpoints.py, malformed configs in
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,21 +36,12 @@ from maml_rl.runs import Row, RunFolder, read_metrics, write_whole
 from maml_rl.sampler import Sampler
 from maml_rl.train import meta_train, resume
 from maml_rl.trained import load, new_policy
-from tests.conftest import files_at_most
+from tests.conftest import files_at_most, rows
 from tests.killed_training import TRAIN
 from tests.tiny import SETTINGS, flags
 
 CHECKOUT = Path(maml_rl.__file__).parent.parent
 NAVIGATION = load_experiment("navigation", **SETTINGS)
-
-
-def rows(folder: Path) -> list[Mapping[str, str]]:
-    """Metrics without the times, which no two runs share."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if not k.startswith("seconds")}
-            for row in csv.DictReader(file)
-        ]
 
 
 def points(folder: Path) -> list[tuple[int, float]]:

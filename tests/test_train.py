@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +20,8 @@ from maml_rl.errors import InputError, RunStopped
 from maml_rl.maml import chunk_size
 from maml_rl.runs import Row, RunFolder
 from maml_rl.train import evaluate_policy, meta_train, resume
+from tests.conftest import rows
 from tests.tiny import SETTINGS
-
-
-def rows(run: Path) -> list[Mapping[str, str]]:
-    """Metrics without the times, which no two runs share."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if not k.startswith("seconds")}
-            for row in csv.DictReader(file)
-        ]
 
 
 def same(a: Params, b: Params) -> bool:
