@@ -18,7 +18,7 @@ from torch import nn
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, State
-from maml_rl.config import Experiment, load_experiment
+from maml_rl.config import Experiment
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation, evaluate
@@ -44,7 +44,14 @@ from maml_rl.sampler import (
     torch_threads,
 )
 from maml_rl.signals import stop_requests
-from maml_rl.trained import TrainedPolicy, new_policy, parameters_for, restore, to_device
+from maml_rl.trained import (
+    TrainedPolicy,
+    experiment_of,
+    new_policy,
+    parameters_for,
+    restore,
+    to_device,
+)
 from maml_rl.trust_region import Refusal
 
 
@@ -375,7 +382,7 @@ def resume(
     folder = RunFolder.open(Path(run))
     folder.lock()
     try:
-        experiment = load_experiment(folder.config)
+        experiment = experiment_of(folder)
         policy, found = restore(folder, experiment, mean=mean)
         state = found.state
         if state.refused_in_a_row >= experiment.max_refused:

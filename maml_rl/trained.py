@@ -14,7 +14,7 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.checkpoints import Checkpoint, made_for
+from maml_rl.checkpoints import CONFIG, Checkpoint, made_for
 from maml_rl.config import (
     Experiment,
     as_tree,
@@ -191,7 +191,21 @@ def load(
             for another family, protocol or size of policy.
     """
     folder = RunFolder.open(Path(run))
-    return restore(folder, load_experiment(folder.config), checkpoint, mean)[0]
+    return restore(folder, experiment_of(folder), checkpoint, mean)[0]
+
+
+def experiment_of(folder: RunFolder) -> Experiment[TaskFamily]:
+    """Return a run's experiment, as its config.yaml says.
+
+    Raises:
+        InputError: if that is damaged, naming where copies are.
+    """
+    try:
+        return load_experiment(folder.config)
+    except InputError as error:
+        copies = folder.checkpoints.path / "latest" / CONFIG
+        hint = f". {copies} is what it was" if copies.is_file() else ""
+        raise InputError(f"{error}{hint}") from error
 
 
 def restore(

@@ -521,6 +521,9 @@ def test_an_edited_config_is_named(tmp_path: Path) -> None:
     with pytest.warns(RunWarning, match=r"config\.yaml was missing and is that of .*'latest'"):
         resume(tmp_path / "run")
     assert config.read_text() == text
+    config.write_text("")
+    with pytest.raises(InputError, match=r"holds no settings.*latest/config\.yaml is what it was"):
+        resume(tmp_path / "run")
 
 
 # Signals, forks and threads.
