@@ -65,7 +65,7 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
     for section in sections:
         tasks, episodes, updates = sizes[section]
         batches, adapted = (updates + 1, tasks * updates + 1) if on_cpu else (1, 1)
-        at_once = min(sampling.tasks_at_once or tasks, tasks)
+        at_once = sampling.at_once(tasks)
         parts = (
             (
                 4 * numbers * tasks * episodes * family.episode_steps * batches,
@@ -115,7 +115,7 @@ def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterat
         if not is_out_of_memory(error):
             raise
         settings = getattr(experiment, section)
-        at_once = min(experiment.sampling.tasks_at_once or settings.tasks, settings.tasks)
+        at_once = experiment.sampling.at_once(settings.tasks)
         raise RunStopped(
             f"the memory does not suffice to sample {settings.tasks} tasks x {settings.episodes} "
             f"episodes x {experiment.family.horizon} steps: lower sampling.tasks_at_once (now "

@@ -143,14 +143,14 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         folder = cls(path)
-        if not known:
-            if not folder.checkpoints.path.is_dir():
-                raise InputError(f"{path} is not a run folder: it has no config.yaml")
-            folder.restore_config()
+        if not known and not folder.checkpoints.path.is_dir():
+            raise InputError(f"{path} is not a run folder: it has no config.yaml")
         return folder
 
     def restore_config(self) -> None:
         """Write the config that the newest whole checkpoint was made with in place of a lost one.
+
+        For the holder of the lock: a run that is just being made has no config yet.
 
         Raises:
             InputError: if none is whole, or the folder cannot be written.
@@ -163,7 +163,7 @@ class RunFolder:
         warnings.warn(
             f"{self.config} was missing and is that of checkpoint {found.path.name!r} again",
             RunWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
 
     def lock(self) -> None:
@@ -244,6 +244,10 @@ class RunFolder:
         text = self.metrics.read_text(encoding="utf-8", errors="replace")
         # One by one: a quotation mark that should not be there must not swallow the lines below.
         lines = [one_row(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if lines and lines[0][:1] != ["iteration"]:
+            # Without their names the columns mean nothing; kept for whoever wants to mend it.
+            os.replace(self.metrics, self.path / "metrics.damaged.csv")
+            lines = []
         header, rows = lines[:1], lines[1:]
         numbered = {int(r[0]): r for r in rows if is_whole(r, header[0])}
         kept = [r for number, r in sorted(numbered.items()) if number < iteration]
@@ -462,6 +466,14 @@ def shorten(numbers: Sequence[int]) -> str:
     return shown if len(numbers) <= 5 else f"{shown} and {len(numbers) - 5} more"
 
 
+def first_line(path: Path) -> str:
+    """Return a text file's first line, "" where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline()
+
+
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append rows to a CSV file, with a header where it is new; all or none.
 
@@ -471,17 +483,16 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         OSError: if they cannot be written.
     """
-    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    header = one_row(before.partition("\n")[0]) or list(rows[0])
+    first = first_line(path)
+    header = one_row(first) or list(rows[0])
     added = [name for name in rows[0] if name not in header]
     text = io.StringIO()
     writer = csv.DictWriter(text, header + added, restval="")
-    if not before or added:
+    if not first or added:
         writer.writeheader()
     if added:
-        writer.writerows(
-            dict(zip(header, one_row(r), strict=False)) for r in before.splitlines()[1:]
-        )
+        before = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        writer.writerows(dict(zip(header, one_row(line), strict=False)) for line in before)
     writer.writerows(rows)
     if added:
         write_whole(path, text.getvalue())

@@ -83,6 +83,10 @@ class SamplingSettings:
                 f"sampling.max_diverged must be between 0 and 1, got {self.max_diverged}"
             )
 
+    def at_once(self, tasks: int) -> int:
+        """Return how many of so many tasks are simulated together."""
+        return min(self.tasks_at_once or tasks, tasks)
+
 
 @dataclass(frozen=True)
 class Divergence:

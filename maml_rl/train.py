@@ -104,7 +104,7 @@ class Trainer:
             sampler = Sampler(
                 experiment.family,
                 policy,
-                tasks=min(settings.tasks_at_once or settings.tasks, settings.tasks),
+                tasks=settings.at_once(settings.tasks),
                 episodes=settings.episodes,
                 count=settings.count,
                 action_scale=experiment.policy.action_scale,
@@ -382,6 +382,8 @@ def resume(
     folder = RunFolder.open(Path(run))
     folder.lock()
     try:
+        if not folder.config.is_file():
+            folder.restore_config()
         experiment = experiment_of(folder)
         policy, found = restore(folder, experiment, mean=mean)
         state = found.state

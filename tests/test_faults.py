@@ -53,6 +53,15 @@ def points(folder: Path) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars("return_1")]
 
 
+def edit_config(folder: Path, before: str, after: str) -> Path:
+    """Change a run's config.yaml as a user would, and return its path."""
+    config = folder / "config.yaml"
+    text = config.read_text()
+    assert before in text
+    config.write_text(text.replace(before, after))
+    return config
+
+
 def weights(folder: Path) -> str:
     """The sha256 of a run's parameters."""
     return digest((folder / "checkpoints" / "latest" / PARAMETERS).read_bytes())
@@ -401,8 +410,7 @@ def test_rows_that_stay_unwritten_are_named_at_the_end_and_at_resume(tmp_path: P
 def test_other_columns_are_added_and_none_is_lost(tmp_path: Path) -> None:
     """A second inner step from the config: earlier rows are empty there."""
     meta_train(NAVIGATION, out=tmp_path / "run")
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("inner_steps: 1", "inner_steps: 2"))
+    edit_config(tmp_path / "run", "inner_steps: 1", "inner_steps: 2")
     with pytest.warns(RunWarning, match=r"inner_steps 1 -> 2"):
         resume(tmp_path / "run", iterations=5)
     resume(tmp_path / "run", iterations=6)
@@ -423,6 +431,13 @@ def test_a_quotation_mark_in_the_metrics_costs_its_own_row(tmp_path: Path) -> No
     with pytest.warns(RunWarning, match="lacks iterations 0$"):
         resume(tmp_path / "run", iterations=4)
     assert [r["iteration"] for r in rows(tmp_path / "run")] == ["1", "2", "3"]
+    # In the line of the names it costs all, which are kept beside; the file is sound again.
+    damaged = '"' + metrics.read_text()
+    metrics.write_text(damaged)
+    with pytest.warns(RunWarning, match="lacks iterations 0, 1, 2, 3$"):
+        resume(tmp_path / "run", iterations=5)
+    assert [r["iteration"] for r in rows(tmp_path / "run")] == ["4"]
+    assert (tmp_path / "run" / "metrics.damaged.csv").read_text() == damaged
 
 
 def test_tensorboards_files_are_in_order_whatever_the_clock_says(
@@ -512,12 +527,16 @@ def test_other_versions_are_named_and_the_run_goes_on(tmp_path: Path) -> None:
 def test_an_edited_config_is_named(tmp_path: Path) -> None:
     """A run goes on with what its config says now, and says what has changed."""
     meta_train(NAVIGATION, out=tmp_path / "run")
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("max_kl: 0.01", "max_kl: 0.02"))
+    config = edit_config(tmp_path / "run", "max_kl: 0.01", "max_kl: 0.02")
     with pytest.warns(RunWarning, match=r"has changed .*: trust_region\.max_kl 0\.01 -> 0\.02"):
         resume(tmp_path / "run", iterations=4)
     text = config.read_text()
     config.unlink()
+    # Looking at a run, which may just be being made by another process, writes nothing.
+    with pytest.raises(InputError, match=r"latest/config\.yaml is what it was"):
+        load(tmp_path / "run")
+    assert run(["inspect", str(tmp_path / "run")]) == 2
+    assert not config.exists()
     with pytest.warns(RunWarning, match=r"config\.yaml was missing and is that of .*'latest'"):
         resume(tmp_path / "run")
     assert config.read_text() == text
