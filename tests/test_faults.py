@@ -608,8 +608,9 @@ trained = meta_train(experiment)
 assert all(torch.equal(vars(before)[n], vars(after)[n]) for n in vars(before))
 states = map(torch.from_numpy, worlds.state(0).values())
 seen = [step.observations, *trained.params.values(), *states]
-# One short line, so that two processes' do not mix.
-print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in seen)).hexdigest(), flush=True)
+# One write: print() makes two where PYTHONUNBUFFERED is set, and two processes' lines could mix.
+digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in seen)).hexdigest()
+os.write(1, digest.encode() + b"\\n")
 if child:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
