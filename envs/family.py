@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
@@ -157,6 +157,8 @@ class TaskFamily(ABC):
     """The P numbers of a task."""
     measure_columns: ClassVar[tuple[Column, ...]] = ()
     """The Q numbers that reports show beside returns."""
+    training_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that decide only which tasks training draws, and no return on any of them."""
 
     def __post_init__(self) -> None:
         """Check what every family shares; subclasses call this last."""
@@ -223,6 +225,18 @@ class TaskFamily(ABC):
         row = self.check_task(task)
         return ", ".join(
             f"{c.name} {v:.2f} {c.unit}" for c, v in zip(self.task_columns, row, strict=True)
+        )
+
+    def outside_training(self, tasks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Return which tasks (T, P) training never draws, (T,), as far as the family can tell."""
+        return np.zeros(len(tasks), bool)
+
+    def comparable(self, other: TaskFamily) -> bool:
+        """Return whether returns on the other family's tasks mean the same as on this one's."""
+        return type(self) is type(other) and all(
+            getattr(self, item.name) == getattr(other, item.name)
+            for item in fields(self)
+            if item.name not in self.training_fields
         )
 
     def wanted_measures(self, measures: Tensor, tasks: Tensor) -> Tensor:

@@ -224,6 +224,7 @@ class SpeedGoal(LocomotionFamily):
     """Fastest wanted speed, m/s."""
 
     task_columns: ClassVar[tuple[Column, ...]] = (Column("velocity", "m/s", "wanted x velocity"),)
+    training_fields: ClassVar[frozenset[str]] = frozenset({"speed_low", "speed_high"})
 
     def __post_init__(self) -> None:
         """Check the range of speeds, then the body."""
@@ -234,6 +235,11 @@ class SpeedGoal(LocomotionFamily):
     def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Draw wanted speeds uniformly, (count, 1)."""
         return rng.uniform(self.speed_low, self.speed_high, (count, 1)).astype(np.float32)
+
+    def outside_training(self, tasks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Return which speeds are slower or faster than any that is drawn, (T,)."""
+        speeds = tasks[:, 0]
+        return (speeds < np.float32(self.speed_low)) | (speeds > np.float32(self.speed_high))
 
 
 DIRECTIONS = np.array([[-1.0], [1.0]], np.float32)
@@ -254,6 +260,7 @@ class DirectionGoal(LocomotionFamily):
     task_columns: ClassVar[tuple[Column, ...]] = (
         Column("direction", "sign", "-1 backward, +1 forward"),
     )
+    training_fields: ClassVar[frozenset[str]] = frozenset({"balanced"})
 
     def __post_init__(self) -> None:
         """Check the draw, then the body."""

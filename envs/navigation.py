@@ -47,6 +47,7 @@ class Navigation2D(TaskFamily):
     measure_columns: ClassVar[tuple[Column, ...]] = (
         Column("distance", "m", "distance to the goal after the move"),
     )
+    training_fields: ClassVar[frozenset[str]] = frozenset({"goal_range"})
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -73,6 +74,11 @@ class Navigation2D(TaskFamily):
     def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Draw goals uniformly from the square, (count, 2)."""
         return rng.uniform(-self.goal_range, self.goal_range, (count, 2)).astype(np.float32)
+
+    def outside_training(self, tasks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Return which goals lie outside the square, (T,)."""
+        outside: npt.NDArray[np.bool_] = np.abs(tasks).max(1) > np.float32(self.goal_range)
+        return outside
 
     def draw_start(self, rng: np.random.Generator) -> Floats:
         """Return nothing: every episode starts at the origin."""

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from maml_rl._version import __version__
 
 if TYPE_CHECKING:
+    from maml_rl.assess import evaluate_policy
     from maml_rl.config import Experiment, load_experiment
     from maml_rl.errors import CheckpointError, InputError, RunStopped, RunWarning
     from maml_rl.evaluate import Evaluation
-    from maml_rl.train import evaluate_policy, meta_train, resume
+    from maml_rl.train import meta_train, resume
     from maml_rl.trained import TrainedPolicy, load, new_policy
 
 HOMES = {
@@ -32,7 +33,7 @@ HOMES = {
     "RunWarning": "errors",
     "load_experiment": "config",
     "Evaluation": "evaluate",
-    "evaluate_policy": "train",
+    "evaluate_policy": "assess",
     "resume": "train",
     "meta_train": "train",
     "TrainedPolicy": "trained",

@@ -5,60 +5,57 @@ Exit codes: 0; 1 a bug of ours; 2 bad input; 3 a run stopped itself; 130, 143 si
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
 import json
-import os
-import shlex
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 import envs
 from envs import TaskFamily
-from envs.references import allow_imports
 from maml_rl import speed
+from maml_rl.cli_shared import Importing, RunOptions, Switch, command_line, going_on, split_target
+from maml_rl.cli_tests import benchmark_command, evaluate_command, report_run
 from maml_rl.config import (
     Experiment,
     experiment_type,
     experiment_words,
     find_experiment,
-    shipped_experiments,
 )
 from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
+from maml_rl.listing import show_experiments, show_families
 from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
 from maml_rl.settings import normal_flag, parse_with_tyro
 from maml_rl.signals import exit_code
-from maml_rl.terminal import Terminal, evaluation_notes, evaluation_table, step_words, watching
-from maml_rl.train import evaluate_policy, meta_train, resume
-from maml_rl.trained import TrainedPolicy, check_device, load
+from maml_rl.terminal import (
+    Terminal,
+    step_words,
+    watching,
+)
+from maml_rl.train import meta_train, resume
+from maml_rl.trained import check_device
 from maml_rl.versions import differences
-
-Switch = tyro.conf.FlagCreatePairsOff[bool]
 
 INTRODUCTION = """\
 maml-rl: policies that learn a new task from a few episodes and one gradient step.
 
   maml-rl train EXPERIMENT     meta-train a policy; EXPERIMENT is a YAML file or a shipped name
   maml-rl resume RUN           go on with an interrupted run, or extend a finished one
-  maml-rl evaluate RUN         test a run's policy: return against gradient steps
+  maml-rl evaluate RUN...      test policies: return against gradient steps, with figures
+  maml-rl benchmark FILE       train and test a meta-policy and its baselines side by side
   maml-rl inspect RUN          what a run or a checkpoint holds, and whether it is whole
   maml-rl replay DUMP          see again a simulation that broke down in training
   maml-rl list                 task families, their settings, and the experiments that ship
@@ -66,16 +63,6 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
 
 `maml-rl COMMAND --help` shows a command's options. Start with: maml-rl train quickstart
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every command that runs an experiment takes."""
-
-    quiet: Switch = False
-    """Print nothing but errors."""
-    allow_import: Switch = False
-    """Let the experiment import code of yours, named package.module:Class or :function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +86,6 @@ class ResumeOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions):
-    """Test a run's policy: return against gradient steps."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    out: Path | None = None
-    """Where to write evaluation.csv and summary.json; by default RUN/evaluation."""
-    checkpoint: Literal["latest", "previous", "best"] = "latest"
-    """The newest, the one before it, or the best by training return after adaptation."""
-    steps: int | None = None
-    """Gradient steps; by default the experiment's."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     """Print what a run folder or a checkpoint holds, and whether it is whole."""
 
@@ -130,6 +103,11 @@ class ReplayOptions:
     """Let the dump's experiment import code of yours."""
 
 
+@dataclass(frozen=True)
+class ListOptions:
+    """Show task families, their settings, and the experiments that ship."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions:
     """Measure how fast this machine samples and updates."""
@@ -142,38 +120,6 @@ class SpeedOptions:
     """Fraction of the full number of tasks, to try the command quickly; 1 for real figures."""
 
 
-class Importing(ExitStack):
-    """Allows an experiment's own code to be imported while open, if the user said so."""
-
-    def __init__(self, allowed: bool) -> None:
-        super().__init__()
-        if allowed:
-            # A module beside the user is found even from a console script.
-            if "" not in sys.path and os.getcwd() not in sys.path:
-                sys.path.insert(0, os.getcwd())
-            self.enter_context(allow_imports())
-
-
-def method_name(experiment: Experiment[TaskFamily]) -> str:
-    """Return what a run's policy is called in evaluation.csv."""
-    return "maml" if experiment.adaptation.inner_steps else "pretrained"
-
-
-def report_evaluation(
-    console: Console, trained: TrainedPolicy, folder: RunFolder, out: Path | None, quiet: bool
-) -> None:
-    """Test a policy, write the figures, and print them."""
-    written = folder.evaluation_folder(out)
-    evaluation = evaluate_policy(trained)
-    experiment = trained.experiment
-    folder.write_evaluation(evaluation, experiment, method_name(experiment), written)
-    if not quiet:
-        console.print()
-        console.print(evaluation_table(evaluation, experiment.family))
-        notes = evaluation_notes(evaluation, experiment.family)
-        console.print(f"{notes} All figures: {written}", highlight=False, soft_wrap=True)
-
-
 def train_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl train`."""
     target, flags = split_target(words, "EXPERIMENT", "maml-rl train quickstart")
@@ -182,6 +128,8 @@ def train_command(words: Sequence[str], console: Console) -> None:
     with Importing(allowed):
         file = find_experiment(target)
         tree = read_yaml(file)
+        if "experiment" in tree and "family" not in tree:
+            raise refusal(f"{file} is a benchmark: maml-rl benchmark {file}")
         family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 
         # The family decides the flags, so the command's arguments are put together here; what
@@ -206,33 +154,12 @@ def train_command(words: Sequence[str], console: Console) -> None:
             RunFolder.open(options.init)
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
-        with going_on(path, options):
+        with going_on(command_line("resume", path, options), path):
             with watching(console, options.quiet) as watch:
-                trained = meta_train(experiment, out=path, init=options.init, watch=watch)
-            report_evaluation(console, trained, RunFolder.open(path), None, options.quiet)
+                meta_train(experiment, out=path, init=options.init, watch=watch)
+            report_run(console, path, options.quiet)
     if not options.quiet:
         console.print(f"Run folder: {path}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def going_on(path: Path, options: RunOptions) -> Iterator[None]:
-    """Add the line to type to go on, where a signal ends a run or its test and not a fault.
-
-    Raises:
-        RunStopped: in place of KeyboardInterrupt, where there is a run to go on with.
-    """
-    allow = " --allow-import" if options.allow_import else ""
-    line = f"Go on with: maml-rl resume {shlex.quote(str(path))}{allow}"
-    try:
-        yield
-    except RunStopped as stopped:
-        if stopped.exit_code < 128:
-            raise
-        raise RunStopped(f"{stopped}. {line}", stopped.exit_code) from stopped
-    except KeyboardInterrupt as interrupt:
-        if not (path / "config.yaml").exists():
-            raise
-        raise RunStopped(f"interrupted. {line}", exit_code(interrupt)) from interrupt
 
 
 def describe(experiment: Experiment[TaskFamily]) -> str:
@@ -251,26 +178,11 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
     options = parse_with_tyro(ResumeOptions, words, "maml-rl resume")
-    with Importing(options.allow_import), going_on(options.run, options):
+    line = command_line("resume", options.run, options)
+    with Importing(options.allow_import), going_on(line, options.run):
         with watching(console, options.quiet) as watch:
-            trained = resume(options.run, iterations=options.iterations, watch=watch)
-        report_evaluation(console, trained, RunFolder.open(options.run), None, options.quiet)
-
-
-def evaluate_command(words: Sequence[str], console: Console) -> None:
-    """`maml-rl evaluate`."""
-    options = parse_with_tyro(EvaluateOptions, words, "maml-rl evaluate")
-    with Importing(options.allow_import):
-        trained = load(options.run, checkpoint=options.checkpoint)
-        if options.steps is not None:
-            try:
-                settings = dataclasses.replace(trained.experiment.evaluation, steps=options.steps)
-            except ValueError as error:
-                raise InputError(str(error)) from error
-            experiment = dataclasses.replace(trained.experiment, evaluation=settings)
-            trained = dataclasses.replace(trained, experiment=experiment)
-        folder = RunFolder.open(options.run)
-        report_evaluation(console, trained, folder, options.out, options.quiet)
+            resume(options.run, iterations=options.iterations, watch=watch)
+        report_run(console, options.run, options.quiet)
 
 
 def inspect_command(words: Sequence[str], console: Console) -> None:
@@ -312,66 +224,9 @@ def replay_command(words: Sequence[str], console: Console) -> None:
 
 def list_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl list`."""
-
-    @dataclass(frozen=True)
-    class ListOptions:
-        """Show task families, their settings, and the experiments that ship."""
-
     parse_with_tyro(ListOptions, words, "maml-rl list")
-    for name, cls in envs.FAMILIES.items():
-        family = envs.make(name)
-        first = (cls.__doc__ or "").splitlines()[0]
-        console.print(f"\n{name}", style="bold", highlight=False)
-        console.print(f"  {first}", highlight=False, soft_wrap=True)
-        for title, columns in (("task", family.task_columns), ("measured", family.measure_columns)):
-            text = "; ".join(f"{c.name} ({c.unit}): {c.meaning}" for c in columns)
-            console.print(f"  {title}: {text}", highlight=False, soft_wrap=True, markup=False)
-        table = Table(box=None, pad_edge=False, show_header=True)
-        for heading in ("  field", "default", "meaning and unit"):
-            table.add_column(heading)
-        meanings = field_meanings(cls)
-        for item in dataclasses.fields(family):
-            value = getattr(family, item.name)
-            alternatives = other_protocols(family, item.name, value)
-            table.add_row(f"  {item.name}", f"{value}{alternatives}", meanings.get(item.name, ""))
-        console.print(table)
-    console.print("\nExperiments that ship (maml-rl train NAME)", style="bold")
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name, path in shipped_experiments().items():
-        header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        table.add_row(f"  {name}", header)
-    console.print(table)
-
-
-def other_protocols(family: TaskFamily, field: str, value: object) -> str:
-    """Return what the other protocols decide for a field, in brackets, where it differs."""
-    tables: Mapping[str, Mapping[str, object]] = getattr(family, "protocols", {})
-    own = getattr(family, "protocol", "")
-    others = [
-        f"{name}: {decided[field]}"
-        for name, decided in tables.items()
-        if name != own and field in decided and decided[field] != value
-    ]
-    return f" ({', '.join(others)})" if others else ""
-
-
-def field_meanings(cls: type) -> dict[str, str]:
-    """Return the docstring below each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for line, after in itertools.pairwise(body.body):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(line.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found[line.target.id] = " ".join(str(after.value.value).split())
-    return found
+    show_families(console)
+    show_experiments(console)
 
 
 def speed_command(words: Sequence[str], console: Console) -> None:
@@ -396,20 +251,12 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Console], None]] = {
     "train": train_command,
     "resume": resume_command,
     "evaluate": evaluate_command,
+    "benchmark": benchmark_command,
     "inspect": inspect_command,
     "replay": replay_command,
     "list": list_command,
     "speed": speed_command,
 }
-
-
-def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, list[str]]:
-    """Take the first word, which must be no flag, off a command's words."""
-    if not words or words[0].startswith("-"):
-        if words and words[0] in ("-h", "--help"):
-            return "quickstart", list(words)
-        raise InputError(f"expected {what} first, as in `{example}`")
-    return words[0], list(words[1:])
 
 
 def run(words: Sequence[str]) -> int:

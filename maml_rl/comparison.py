@@ -6,7 +6,7 @@ All meet the same tasks, starts and seeds, so their figures are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ class Outcome:
 
     method: str
     """maml, pretrained, oracle or random."""
+    variant: str
+    """Tells apart runs of one method that were trained with different settings; often ""."""
     seed: int
     """Of its training run."""
     step_size: float
@@ -71,12 +73,22 @@ class MethodScores:
     """One method with one step size on one set of tasks."""
 
     method: str
+    variant: str
     step_size: float
     source: str
     seeds: tuple[int, ...]
+    tasks: int
+    """T."""
+    outside_training: int
+    """How many of them training never draws."""
     episodes: int
     """Behind every task's return, in each run."""
     steps: tuple[StepScores, ...]
+
+    @property
+    def name(self) -> str:
+        """The method in words, with the variant where there are several."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
 
 
 def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]:
@@ -85,16 +97,17 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
     Raises:
         InputError: if two runs of one method have the same seed, or were tested on other tasks.
     """
-    groups: dict[tuple[str, float, str], list[Outcome]] = {}
+    groups: dict[tuple[str, str, float, str], list[Outcome]] = {}
     for one in tested:
-        groups.setdefault((one.method, one.step_size, one.source), []).append(one)
+        groups.setdefault((one.method, one.variant, one.step_size, one.source), []).append(one)
+    # Before any step, so its step size does not matter; the last of several variants holds.
     oracles = {
         source: stack(runs)[0].mean()
-        for (method, _, source), runs in groups.items()
+        for (method, _, _, source), runs in groups.items()
         if method == ORACLE
     }
     scores = []
-    for (method, step_size, source), runs in groups.items():
+    for (method, variant, step_size, source), runs in groups.items():
         seeds = [run.seed for run in runs]
         if len(set(seeds)) < len(seeds):
             raise InputError(f"two runs of {method} have the same seed: {sorted(seeds)}")
@@ -103,9 +116,12 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
         scores.append(
             MethodScores(
                 method,
+                variant,
                 step_size,
                 source,
                 tuple(seeds),
+                returns.shape[2],
+                int(family.outside_training(runs[0].evaluation.tasks).sum()),
                 runs[0].evaluation.episodes,
                 tuple(
                     score_step(runs, returns, step, family, oracle) for step in range(len(returns))
@@ -141,7 +157,7 @@ def score_step(
 ) -> StepScores:
     """Return the scores after one number of gradient steps; `returns` is (n + 1, R, T)."""
     first = runs[0].evaluation
-    groups = list(first.groups(family))
+    groups = [(name, mask) for name, mask in first.groups(family) if mask.any()]
     now, before = returns[step], returns[0]
     measures = np.mean([run.evaluation.measures[step] for run in runs], axis=0)
     return StepScores(
@@ -155,40 +171,6 @@ def score_step(
         gap_closed=gap_closed(float(before.mean()), float(now.mean()), oracle),
         measures=measures.mean(0),
         by_task={
-            name: (float(now[:, mask].mean()), measures[mask].mean(0))
-            for name, mask in groups
-            if mask.any()
+            name: (float(now[:, mask].mean()), measures[mask].mean(0)) for name, mask in groups
         },
     )
-
-
-def long_form(
-    tested: Sequence[Outcome], family: TaskFamily
-) -> Iterator[dict[str, str | int | float]]:
-    """Yield evaluation.csv: one row a method, seed, step size, task and number of steps."""
-    for one in tested:
-        evaluation = one.evaluation
-        for step, returns in enumerate(evaluation.returns):
-            for task, value in enumerate(returns):
-                row: dict[str, str | int | float] = {
-                    "family": family.name,
-                    "protocol": getattr(family, "protocol", ""),
-                    "method": one.method,
-                    "seed": one.seed,
-                    "task": task,
-                }
-                for column, number in zip(
-                    family.task_columns, evaluation.tasks[task].tolist(), strict=True
-                ):
-                    row[f"task_{column.name}"] = number
-                row |= {
-                    "gradient_steps": step,
-                    "return_mean": float(value),
-                    "return_sd": float(evaluation.return_sds[step, task]),
-                    "episodes": evaluation.episodes,
-                }
-                for column, number in zip(
-                    family.measure_columns, evaluation.measures[step, task].tolist(), strict=True
-                ):
-                    row[f"{column.name}_mean"] = number
-                yield row | {"step_size": one.step_size, "tasks": one.source}

@@ -24,18 +24,15 @@ from maml_rl.advantages import AdvantageSettings
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import EvaluationSettings
 from maml_rl.maml import AdaptationSettings
-from maml_rl.plain_yaml import leaves, read_yaml
+from maml_rl.plain_yaml import read_yaml
 from maml_rl.policy import PolicySettings
 from maml_rl.sampler import SamplingSettings
 from maml_rl.settings import (
     FAMILY_NAME,
-    HELP,
     Setting,
     as_flags,
-    check_keys,
     check_value,
-    check_words,
-    flag_values,
+    checked_settings,
     parse_with_tyro,
     settings_of,
     split_family_name,
@@ -109,17 +106,43 @@ def experiment_type(family: type[TaskFamily], *marks: object) -> type[Experiment
     return result
 
 
-def shipped_experiments() -> dict[str, Path]:
-    """Return the YAML files that travel with the package, by name."""
+def shipped_folder() -> Path:
+    """Return the folder of what travels with the package: inside it, or beside it in a checkout."""
     here = Path(__file__).parent
-    folder = next(
-        (f for f in (here / "experiments", here.parent / "experiments") if f.is_dir()), None
-    )
-    return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    inside = here / "experiments"
+    return inside if inside.is_dir() else here.parent / "experiments"
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """Return the experiment files that travel with the package, by name."""
+    benchmarks = shipped_benchmarks()
+    files = sorted(shipped_folder().glob("*.yaml"))
+    return {p.stem: p for p in files if p.stem not in benchmarks}
+
+
+def shipped_benchmarks() -> dict[str, Path]:
+    """Return the benchmark files that travel with the package, by name."""
+    return {p.stem: p for p in sorted(shipped_folder().glob("benchmark_*.yaml"))}
 
 
 def find_experiment(name: str) -> Path:
     """Return the file of an experiment given as a path, or by the name of one that ships.
+
+    Raises:
+        InputError: if there is none, naming the nearest.
+    """
+    if name in shipped_benchmarks():
+        raise refusal(f"{name!r} is a benchmark: maml-rl benchmark {name}")
+    return find_file(name, shipped_experiments(), "experiment")
+
+
+def find_file(name: str, shipped: Mapping[str, Path], what: str) -> Path:
+    """Return a YAML file given as a path, or by the name of one that ships.
+
+    Args:
+        name: path or name.
+        shipped: those that ship, by name.
+        what: "experiment" or "benchmark", for messages.
 
     Raises:
         InputError: if there is none, naming the nearest.
@@ -131,12 +154,11 @@ def find_experiment(name: str) -> Path:
             return path
         if path.is_dir():
             raise refusal(f"{name!r} is a folder; expected a YAML file, such as its config.yaml")
-    shipped = shipped_experiments()
     if name in shipped:
         return shipped[name]
     near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else "`maml-rl list` shows those that ship"
-    raise refusal(f"there is no experiment file {name!r}, and none of that name ships: {hint}")
+    raise refusal(f"there is no {what} file {name!r}, and none of that name ships: {hint}")
 
 
 def family_from(tree: Mapping[str, object], override: str | None, source: str) -> str:
@@ -175,25 +197,8 @@ def experiment_words(
     except envs.FamilyError as error:
         raise refusal(f"family.name: {error}") from error
     settings = dict(settings_of(Experiment, family)) | {FAMILY_NAME: Setting(str, False)}
-    in_file: dict[str, object] = {}
-    for path, value in leaves(tree):
-        if path in in_file:
-            raise refusal(f"{source}: {path} stands there twice")
-        in_file[path] = value
-    check_keys(list(in_file), settings, source)
-    for path, value in in_file.items():
-        check_value(path, value, settings[path].kind, source)
+    in_file = checked_settings(settings, tree, source, rest, ignored=ignored)
     in_file.pop(FAMILY_NAME, None)
-    given = [(path, words) for path, words in flag_values(rest) if path not in (*ignored, "help")]
-    check_keys([path for path, _ in given], settings, "command line")
-    if not HELP & set(rest):
-        for path, words in given:
-            check_words(path, words, settings[path].kind)
-        there = in_file.keys() | dict(given)
-        missing = [path for path, s in settings.items() if s.required and path not in there]
-        if missing:
-            verb = "are" if len(missing) > 1 else "is"
-            raise refusal(f"{source}: {' and '.join(missing)} {verb} missing")
     return family, [*as_flags(in_file), *rest]
 
 

@@ -21,11 +21,11 @@ from maml_rl.advantages import AdvantageSettings
 from maml_rl.episodes import Episodes, pack
 from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, chunk_size, estimate_in_chunks
 from maml_rl.policy import GaussianPolicy
-from maml_rl.sampler import TEST, TEST_SEED, Sampler, task_seeds
-from maml_rl.task_sets import held_out
+from maml_rl.sampler import TEST_SEED, Sampler, task_seeds
+from maml_rl.task_sets import TaskSet, held_out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +84,6 @@ class Evaluation:
         for task in [] if finite is None else finite:
             yield family.describe_task(task), (self.tasks == task).all(axis=1)
 
-    def half_width(self, family: TaskFamily, step: int) -> float:
-        """Return half the 95 % interval of the mean return after `step` gradient steps.
-
-        Over tasks; where the family has finitely many, over repetitions within each task.
-        """
-        values = self.returns[step]
-        masks = [mask for _, mask in self.groups(family) if mask.any()]
-        masks = masks or [np.ones(len(values), bool)]
-        if any(mask.sum() < 2 for mask in masks):
-            return math.nan
-        variance = sum(values[mask].var(ddof=1) * mask.sum() for mask in masks)
-        return 1.96 * math.sqrt(float(variance)) / len(values)
-
 
 def step_sizes(adaptation: AdaptationSettings, settings: EvaluationSettings) -> list[float]:
     """Return the step size of each test update: alpha, then a fraction of it."""
@@ -133,7 +120,7 @@ def adapt_to_tasks(
         adaptation: inner loss.
         advantages: discount and lambda.
         sizes: step size of each update.
-        stream: TRAINING or TEST.
+        stream: of seeds: TRAINING, TEST or VALIDATION.
         seed: of the episodes.
         chunks: how tasks are divided.
         last: whether to sample after the last update too; if not, its episodes are None.
@@ -163,7 +150,8 @@ def evaluate(
     action_scale: float,
     threads: int = 0,
     tasks_at_once: int = 0,
-    tasks: npt.NDArray[np.float32] | None = None,
+    tasks: TaskSet | None = None,
+    see: Callable[[Episodes], object] = lambda _: None,
 ) -> Evaluation:
     """Measure returns after 0 to `settings.steps` gradient steps, stochastic policy.
 
@@ -177,9 +165,11 @@ def evaluate(
         action_scale: the policy's action that is the bound.
         threads: of physics and updates; 0 is one a core.
         tasks_at_once: tasks that are simulated together; 0 is all.
-        tasks: (T, P) to use in place of the test tasks.
+        tasks: to use in place of the test tasks.
+        see: is given the episodes of each step, to keep what it wants.
     """
-    chosen = held_out(family, settings.tasks).tasks if tasks is None else tasks
+    source = held_out(family, settings.tasks) if tasks is None else tasks
+    chosen = source.tasks
     size = chunk_size(len(chosen), next(iter(theta.values())).device.type)
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
@@ -202,12 +192,13 @@ def evaluate(
             adaptation=adaptation,
             advantages=advantages,
             sizes=step_sizes(adaptation, settings),
-            stream=TEST,
+            stream=source.stream,
             seed=TEST_SEED,
             chunks=chunks,
             last=True,
         ):
             assert episodes is not None  # last=True
+            see(episodes)
             each = episodes.returns().double().cpu()
             returns.append(episodes.mean_returns().double().cpu().numpy())
             sds.append(np.nanstd(each.numpy(), axis=1))

@@ -26,8 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import (
@@ -41,9 +39,8 @@ from maml_rl.checkpoints import (
     origin_of,
     sync_folder,
 )
-from maml_rl.config import Experiment, family_name
-from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.evaluate import Evaluation
+from maml_rl.config import Experiment
+from maml_rl.errors import InputError, RunWarning
 from maml_rl.locks import NAME as LOCK
 from maml_rl.locks import FolderLock, holder
 from maml_rl.versions import versions
@@ -296,72 +293,6 @@ class RunFolder:
         write_whole(path, as_json(dump))
         return path
 
-    def evaluation_folder(self, out: Path | None = None) -> Path:
-        """Make the folder for a test's figures: `out`, or the run's own.
-
-        Raises:
-            InputError: if it cannot be made.
-        """
-        folder = self.path / "evaluation" if out is None else out
-        if out is None:
-            check_no_link(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-        return folder
-
-    @staticmethod
-    def write_evaluation(
-        evaluation: Evaluation,
-        experiment: Experiment[TaskFamily],
-        method: str,
-        folder: Path,
-    ) -> None:
-        """Write evaluation.csv, a row a task and step, and summary.json, into `folder`.
-
-        Raises:
-            RunStopped: if the disk does not take them.
-        """
-        family = experiment.family
-        shared = {
-            "family": family_name(family),
-            "protocol": getattr(family, "protocol", ""),
-            "method": method,
-            "seed": experiment.seed,
-        }
-        tasks = [f"task_{c.name}" for c in family.task_columns]
-        measures = [f"{c.name}_mean" for c in family.measure_columns]
-        numbers = ["gradient_steps", "return_mean", "return_sd", "episodes"]
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow([*shared, "task", *tasks, *numbers, *measures])
-        for step, returns in enumerate(evaluation.returns):
-            for task, value in enumerate(returns):
-                writer.writerow(
-                    [
-                        *shared.values(),
-                        task,
-                        *evaluation.tasks[task].tolist(),
-                        step,
-                        float(value),
-                        float(evaluation.return_sds[step, task]),
-                        evaluation.episodes,
-                        *evaluation.measures[step, task].tolist(),
-                    ]
-                )
-        summary = shared | {
-            "versions": versions(),
-            "gradient_steps": summarise(evaluation, family),
-        }
-        try:
-            write_whole(folder / "evaluation.csv", table.getvalue())
-            write_whole(folder / "summary.json", as_json(summary))
-        except OSError as error:
-            raise RunStopped(
-                f"the test cannot be written to {folder}: {error.strerror}", 3
-            ) from error
-
     def __enter__(self) -> Self:
         return self
 
@@ -569,31 +500,6 @@ def check_space(path: Path, theta: Params) -> None:
             f"{free / 2**20:.2f} MiB are free on its disk, and a run takes at least "
             f"{wanted / 2**20:.2f}",
         )
-
-
-def summarise(evaluation: Evaluation, family: TaskFamily) -> list[dict[str, object]]:
-    """Return for each number of gradient steps the mean return, its half-width and spread."""
-    names = [c.name for c in family.measure_columns]
-    result = []
-    for step, returns in enumerate(evaluation.returns):
-
-        def figures(rows: np.ndarray, step: int = step) -> dict[str, float]:
-            values = evaluation.measures[step][rows].mean(0)
-            return {
-                "return": float(evaluation.returns[step][rows].mean()),
-                **dict(zip(names, values.tolist(), strict=True)),
-            }
-
-        result.append(
-            {
-                "steps": step,
-                **figures(np.ones(len(returns), bool)),
-                "half_width_95": evaluation.half_width(family, step),
-                "sd_over_tasks": float(returns.std()),
-                "by_task": {name: figures(mask) for name, mask in evaluation.groups(family)},
-            }
-        )
-    return result
 
 
 def count_rows(path: Path) -> int:

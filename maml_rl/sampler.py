@@ -24,8 +24,8 @@ from maml_rl.policy import GaussianPolicy, log_std
 
 Seeds = npt.NDArray[np.uint64]
 
-TRAINING, TEST = 1, 2
-"""Streams of seeds. Training never draws from the stream of the test tasks."""
+TRAINING, TEST, VALIDATION = 1, 2, 3
+"""Streams of seeds. Training draws from neither of the others, and nothing is chosen on TEST."""
 TASKS, EPISODES = 1, 2
 """What a seed is for."""
 TEST_SEED = 1703_03400

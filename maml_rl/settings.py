@@ -20,7 +20,7 @@ import tyro
 
 from envs import TaskFamily
 from maml_rl.errors import refusal
-from maml_rl.plain_yaml import LONGEST_VALUE
+from maml_rl.plain_yaml import LONGEST_VALUE, leaves
 
 C = TypeVar("C")
 
@@ -71,6 +71,47 @@ def check_keys(paths: Sequence[str], settings: Mapping[str, Setting], source: st
         near = difflib.get_close_matches(path, settings, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "see `maml-rl train EXPERIMENT --help`"
         raise refusal(f"{source}: there is no setting {path!r}: {hint}")
+
+
+def checked_settings(
+    settings: Mapping[str, Setting],
+    tree: Mapping[str, object],
+    source: str,
+    flags: Sequence[str],
+    *,
+    ignored: Sequence[str] = (),
+) -> dict[str, object]:
+    """Return what a file sets, by dotted path, having checked it and the flags that go with it.
+
+    Args:
+        settings: those there are.
+        tree: what the file holds.
+        source: the file's name, for messages.
+        flags: words of the command line.
+        ignored: flags that are no settings.
+
+    Raises:
+        InputError: for an unknown key, a value of the wrong type or a missing one.
+    """
+    in_file: dict[str, object] = {}
+    for path, value in leaves(tree):
+        if path in in_file:
+            raise refusal(f"{source}: {path} stands there twice")
+        in_file[path] = value
+    check_keys(list(in_file), settings, source)
+    for path, value in in_file.items():
+        check_value(path, value, settings[path].kind, source)
+    given = [(path, words) for path, words in flag_values(flags) if path not in (*ignored, "help")]
+    check_keys([path for path, _ in given], settings, "command line")
+    if not HELP & set(flags):
+        for path, words in given:
+            check_words(path, words, settings[path].kind)
+        there = in_file.keys() | dict(given)
+        missing = [path for path, s in settings.items() if s.required and path not in there]
+        if missing:
+            verb = "are" if len(missing) > 1 else "is"
+            raise refusal(f"{source}: {' and '.join(missing)} {verb} missing")
+    return in_file
 
 
 EXPECTATIONS: Mapping[object, tuple[str, str]] = {

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.family import FamilyError, TaskFamily
-from maml_rl.sampler import TEST, TEST_SEED, task_generator
+from maml_rl.sampler import TEST, TEST_SEED, VALIDATION, task_generator
 
 Tasks = npt.NDArray[np.float32]
 
@@ -20,9 +20,11 @@ class TaskSet:
     """Test tasks and where they come from."""
 
     source: str
-    """In evaluation.csv and on the terminal: "test", "paper", "chosen" or "from LOW to HIGH"."""
+    """In evaluation.csv: "test", "validation", "paper", "chosen" or "from LOW to HIGH"."""
     tasks: Tasks
     """(T, P)."""
+    stream: int = TEST
+    """Of the seeds of their episodes."""
 
 
 def held_out(family: TaskFamily, count: int) -> TaskSet:
@@ -30,10 +32,23 @@ def held_out(family: TaskFamily, count: int) -> TaskSet:
 
     A family with finitely many tasks uses each equally often, so `count` is rounded up.
     """
+    return TaskSet("test", drawn_from(TEST, family, count))
+
+
+def validation(family: TaskFamily, count: int) -> TaskSet:
+    """Return tasks to choose settings on: always the same, not those of training or of the test.
+
+    Where a family has finitely many they are the same tasks, with other episodes.
+    """
+    return TaskSet("validation", drawn_from(VALIDATION, family, count), VALIDATION)
+
+
+def drawn_from(stream: int, family: TaskFamily, count: int) -> Tasks:
+    """Return the first tasks of a stream of seeds, (count, P), or each of finitely many in turn."""
     finite = family.finite_tasks
     if finite is not None:
-        return TaskSet("test", np.tile(finite, (-(-count // len(finite)), 1)))
-    return TaskSet("test", family.sample_tasks(count, task_generator(TEST, TEST_SEED, 0)))
+        return np.tile(finite, (-(-count // len(finite)), 1))
+    return family.sample_tasks(count, task_generator(stream, TEST_SEED, 0))
 
 
 def _uniform(low: float, high: float, *shape: int) -> Callable[[], npt.NDArray[np.float64]]:

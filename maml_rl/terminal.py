@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from envs import TaskFamily
-from maml_rl.evaluate import Evaluation
+from maml_rl.comparison import MethodScores, StepScores
 from maml_rl.runs import Row
 from maml_rl.train import Watcher
 
@@ -123,17 +124,103 @@ def step_words(steps: int) -> str:
     return "before adapting" if steps == 0 else f"after {steps} gradient step{'s' * (steps > 1)}"
 
 
-def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
-    """Return return against gradient steps as a table in plain words."""
+def title_of(one: MethodScores, family: TaskFamily) -> str:
+    """Return what was tested, and on which tasks."""
+    protocol = getattr(family, "protocol", "")
+    seen = family.finite_tasks is not None
+    kinds = {
+        "test": f"{one.tasks} test tasks that training never saw",
+        "paper": f"the paper's own {one.tasks} test tasks",
+        "chosen": f"{one.tasks} chosen task{'s' * (one.tasks > 1)}",
+    }
+    what = kinds.get(one.source, f"{one.tasks} tasks {one.source}")
+    if one.source == "test" and seen:
+        what = "fresh episodes of the training tasks"
+    elif seen:
+        what += ", fresh episodes of tasks trained on"
+    if one.outside_training:
+        every = one.outside_training == one.tasks
+        what += f", {'all' if every else one.outside_training} of them outside the range trained on"
+    return f"{family.name}{f' ({protocol} protocol)' if protocol else ''}: {what}"
+
+
+class Figure(NamedTuple):
+    """A column of the tables: what it is called, and how a step's cell reads."""
+
+    name: str
+    cell: Callable[[StepScores], str]
+
+
+def evaluation_tables(scores: Sequence[MethodScores], family: TaskFamily) -> list[Table]:
+    """Return what was tested, method by method, against gradient steps.
+
+    One table for a single method; several methods have two, to fit into 80 columns.
+    """
+    returns = [
+        Figure("return", lambda step: f"{step.mean:.1f}"),
+        Figure("95 % interval", lambda step: interval(*step.interval)),
+        Figure("IQM", lambda step: f"{step.interquartile_mean:.1f}"),
+    ]
+    if any(len(one.seeds) > 1 for one in scores):
+        returns.append(Figure("IQM over runs", lambda step: interval(*step.interval_over_runs)))
+    gains = [
+        Figure("spread", lambda step: f"{step.sd_over_tasks:.1f}"),
+        Figure("worse", lambda step: f"{step.share_worse:.0%}" if step.steps else ""),
+    ]
+    if any(not math.isnan(step.gap_closed) for one in scores for step in one.steps):
+        gains.append(Figure("gap closed", gap))
+    # What a task is judged by besides its return; by task where there are finitely many.
+    for measure in family.measure_columns[:1] if family.finite_tasks is None else ():
+        name = f"{measure.name}\n({measure.unit})"
+        gains.append(Figure(name, lambda step: f"{step.measures[0]:.2f}"))
+    heading = title_of(scores[0], family)
+    parts = [(heading, returns + gains)]
+    if len(scores) > 1:
+        parts = [(heading, returns), ("What adapting does", gains)]
+    tables = []
+    for title, columns in parts:
+        table = plain_table(title)
+        heads = row_heads(scores, table)
+        for column in columns:
+            table.add_column(column.name, justify="right", no_wrap=True)
+        for head, step in rows_of(scores, heads):
+            table.add_row(*head, *(column.cell(step) for column in columns))
+        tables.append(table)
+    if (by_task := task_table(scores, family)) is not None:
+        tables.append(by_task)
+    return tables
+
+
+def gap(step: StepScores) -> str:
+    """Return the share of the way to the oracle in words, "" where there is none."""
+    return "" if step.steps == 0 or math.isnan(step.gap_closed) else f"{step.gap_closed:.2f}"
+
+
+def task_table(scores: Sequence[MethodScores], family: TaskFamily) -> Table | None:
+    """Return the returns of each of finitely many tasks; None where there are infinitely many."""
+    groups = list(scores[0].steps[0].by_task)
+    if not groups:
+        return None
     measure = family.measure_columns[0] if family.measure_columns else None
-    groups = list(evaluation.groups(family))
-    title = (
-        f"How {family.name} does on {len(evaluation.tasks)} test tasks that training never saw"
-        if family.finite_tasks is None
-        else f"How {family.name} does on fresh episodes of the training tasks"
-    )
-    # Narrow enough for a terminal of 80 columns with two kinds of task.
-    table = Table(
+    table = plain_table("By task")
+    heads = row_heads(scores, table)
+    for name in groups:
+        table.add_column(f"{name}\nreturn", justify="right")
+        if measure is not None:
+            table.add_column(f"{name}\n{measure.unit}", justify="right")
+    for head, step in rows_of(scores, heads):
+        cells = [*head]
+        for value, measures in step.by_task.values():
+            cells.append(f"{value:.1f}")
+            if measure is not None:
+                cells.append(f"{measures[0]:.2f}")
+        table.add_row(*cells)
+    return table
+
+
+def plain_table(title: str) -> Table:
+    """Return an empty table, narrow enough for a terminal of 80 columns."""
+    return Table(
         title=title,
         title_justify="left",
         title_style="bold",
@@ -141,35 +228,57 @@ def evaluation_table(evaluation: Evaluation, family: TaskFamily) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("", no_wrap=True)
-    table.add_column("return", justify="right", no_wrap=True)
-    if measure is not None and not groups:
-        table.add_column(f"{measure.name} ({measure.unit})", justify="right")
-    for name, _ in groups:
-        table.add_column(f"{name}\nreturn", justify="right")
-        if measure is not None:
-            table.add_column(f"{name}\n{measure.unit}", justify="right")
-    for step, returns in enumerate(evaluation.returns):
-        width = evaluation.half_width(family, step)
-        interval = "" if math.isnan(width) else f" ± {width:.1f}"
-        cells = [step_words(step), f"{returns.mean():.1f}{interval}"]
-        if measure is not None and not groups:
-            cells.append(f"{evaluation.measures[step, :, 0].mean():.2f}")
-        for _, mask in groups:
-            cells.append(f"{returns[mask].mean():.1f}")
-            if measure is not None:
-                cells.append(f"{evaluation.measures[step, mask, 0].mean():.2f}")
-        table.add_row(*cells)
-    return table
 
 
-def evaluation_notes(evaluation: Evaluation, family: TaskFamily) -> str:
-    """Return what a newcomer needs to read the table."""
+def row_heads(scores: Sequence[MethodScores], table: Table) -> list[list[str]]:
+    """Add the columns that say whose row it is, and return their cells for each method.
+
+    One method needs none; several their names, and step sizes where one has several.
+    """
+    if len(scores) == 1:
+        table.add_column("", no_wrap=True)
+        return [[]]
+    table.add_column("method", no_wrap=max(len(one.name) for one in scores) <= 12)
+    sizes = len({one.step_size for one in scores}) > 1
+    if sizes:
+        table.add_column("step size", justify="right")
+    table.add_column("steps", justify="right")
+    return [
+        [one.name, *([f"{one.step_size:g}" if len(one.steps) > 1 else ""] if sizes else [])]
+        for one in scores
+    ]
+
+
+def rows_of(
+    scores: Sequence[MethodScores], heads: Sequence[Sequence[str]]
+) -> Iterator[tuple[list[str], StepScores]]:
+    """Yield each number of gradient steps of each method, with the cells that name it."""
+    for one, head in zip(scores, heads, strict=True):
+        for step in one.steps:
+            # A method's name stands beside its first row alone.
+            named = [cell if step.steps == 0 else "" for cell in head]
+            yield [*named, str(step.steps) if head else step_words(step.steps)], step
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval in words, "" where nothing is known of it."""
+    return "" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+
+
+def evaluation_notes(scores: Sequence[MethodScores], family: TaskFamily) -> str:
+    """Return what a newcomer needs to read the tables."""
+    several_runs = any(len(one.seeds) > 1 for one in scores)
     notes = [
-        "Return: sum of an episode's rewards, mean over tasks, ± half its 95 % interval.",
-        f"Before each gradient step a task's policy acts for {evaluation.episodes} episodes, "
+        "Return: sum of an episode's rewards, mean over tasks, with its 95 % bootstrap interval; "
+        "IQM: mean of the middle half; spread: standard deviation over tasks; "
+        "worse: share of tasks that adapting made worse.",
+        f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes, "
         "which are all that the step learns from.",
     ]
+    if several_runs:
+        notes.append("IQM over runs: its 95 % interval, runs resampled for each task.")
+    if any(not math.isnan(step.gap_closed) for one in scores for step in one.steps):
+        notes.append("Gap closed: share of the way from the return before to the oracle's.")
     if family.finite_tasks is not None and family.measure_columns:
         measure = family.measure_columns[0]
         notes.append(f"{measure.unit}: mean {measure.name} the wanted way.")

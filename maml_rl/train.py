@@ -21,7 +21,6 @@ from maml_rl.checkpoints import FRESH, State
 from maml_rl.config import Experiment
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
     Chunks,
@@ -415,28 +414,3 @@ def _finish(
         stack.callback(trainer.close)
         run_iterations(trainer, folder, watch)
         return replace(policy, params=trainer.theta)
-
-
-def evaluate_policy(trained: TrainedPolicy) -> Evaluation:
-    """Test a policy by its experiment's evaluation settings.
-
-    Raises:
-        RunStopped: if an adapted policy's action is not finite, or memory does not suffice.
-    """
-    experiment = trained.experiment
-    check_memory(experiment, "evaluation")
-    try:
-        with memory_to_sample(experiment, "evaluation"):
-            return evaluate(
-                trained.policy,
-                trained.params,
-                experiment.family,
-                settings=experiment.evaluation,
-                adaptation=experiment.adaptation,
-                advantages=experiment.advantages,
-                action_scale=experiment.policy.action_scale,
-                threads=experiment.threads,
-                tasks_at_once=experiment.sampling.tasks_at_once,
-            )
-    except SamplingError as error:
-        raise RunStopped(f"the test was stopped: {error}", 3) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -277,11 +278,22 @@ def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
         made_with = experiment_from(parse_yaml(found.origin.config, source), source)
     except InputError as error:
         return str(error)
-    before, now = dict(leaves(as_tree(made_with))), dict(leaves(as_tree(experiment)))
+    return differing(made_with, experiment, NO_MATTER)
+
+
+NO_MATTER = re.compile("iterations|threads|device")
+"""Settings that a run may be resumed with others of."""
+
+
+def differing(
+    before: Experiment[TaskFamily], now: Experiment[TaskFamily], ignored: re.Pattern[str]
+) -> str:
+    """Return in a line the settings in which two experiments differ, "" if there are none."""
+    old, new = dict(leaves(as_tree(before))), dict(leaves(as_tree(now)))
     return ", ".join(
-        f"{path} {before.get(path, 'absent')} -> {now.get(path, 'absent')}"
-        for path in sorted(before.keys() | now.keys())
-        if path not in ("iterations", "threads", "device") and before.get(path) != now.get(path)
+        f"{path} {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
+        for path in sorted(old.keys() | new.keys())
+        if not ignored.fullmatch(path) and old.get(path) != new.get(path)
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import importlib
 import importlib.util
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,13 @@ from maml_rl.sampler import torch_threads
 
 if TYPE_CHECKING:
     from gymnasium.envs.mujoco import MujocoEnv
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_arrives() -> None:
+    """A shell that starts pytest in the background has it ignore SIGINT, which is tested here."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

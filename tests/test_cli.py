@@ -40,7 +40,7 @@ def test_every_experiment_trains_one_tiny_iteration(
     assert {r["gradient_steps"] for r in rows} == {"0", "1", "2"}
     assert {r["method"] for r in rows} == {"maml"}
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-    assert [s["steps"] for s in summary["gradient_steps"]] == [0, 1, 2]
+    assert [s["steps"] for s in summary["methods"][0]["gradient_steps"]] == [0, 1, 2]
 
 
 def test_a_run_is_resumed_evaluated_and_trained_again_from_its_config(

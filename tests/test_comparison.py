@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-import envs
 from envs import HalfCheetahDir, Navigation2D
-from maml_rl.comparison import Outcome, compare, long_form
+from maml_rl.comparison import Outcome, compare
 from maml_rl.errors import InputError
 from maml_rl.evaluate import Evaluation
 
@@ -21,6 +20,7 @@ def outcome(
     returns: list[list[float]],
     *,
     method: str = "maml",
+    variant: str = "",
     seed: int = 0,
     step_size: float = 0.5,
     source: str = "test",
@@ -29,7 +29,7 @@ def outcome(
     """A test whose measure is a hundredth of its return."""
     array = np.array(returns)
     evaluation = Evaluation(tasks, array, array * 0 + 2.0, array[..., None] / 100, episodes=7)
-    return Outcome(method, seed, step_size, source, evaluation)
+    return Outcome(method, variant, seed, step_size, source, evaluation)
 
 
 def test_figures_by_hand() -> None:
@@ -40,7 +40,8 @@ def test_figures_by_hand() -> None:
         outcome([[12, 8, 11, 9]], method="oracle"),
     ]
     maml, oracle = compare(runs, NAVIGATION)
-    assert (maml.method, maml.seeds, maml.episodes) == ("maml", (0, 1), 7)
+    assert (maml.name, maml.seeds, maml.episodes, maml.tasks) == ("maml", (0, 1), 7, 4)
+    assert maml.outside_training == 0
     before, after = maml.steps
     assert (before.mean, after.mean) == (0.5, 3.0)
     assert after.gap_closed == pytest.approx(2.5 / 9.5)
@@ -71,17 +72,19 @@ def test_without_an_oracle_above_there_is_no_gap() -> None:
 
 
 def test_step_sizes_and_sets_of_tasks_stand_apart() -> None:
-    """In the order given."""
+    """In the order given; and so do variants, under the same seed."""
     runs = [
         outcome([[1, 1, 1, 1]], step_size=0.1),
         outcome([[2, 2, 2, 2]], step_size=0.2),
         outcome([[3, 3, 3, 3]], step_size=0.1, source="chosen"),
+        outcome([[4, 4, 4, 4]], step_size=0.1, variant="b"),
     ]
     found = compare(runs, NAVIGATION)
-    assert [(s.step_size, s.source, s.steps[0].mean) for s in found] == [
-        (0.1, "test", 1.0),
-        (0.2, "test", 2.0),
-        (0.1, "chosen", 3.0),
+    assert [(s.name, s.step_size, s.source, s.steps[0].mean) for s in found] == [
+        ("maml", 0.1, "test", 1.0),
+        ("maml", 0.2, "test", 2.0),
+        ("maml", 0.1, "chosen", 3.0),
+        ("maml (b)", 0.1, "test", 4.0),
     ]
 
 
@@ -98,6 +101,20 @@ def test_a_finite_family_is_told_by_task() -> None:
     assert step.interval[1] - step.interval[0] <= 2.0
 
 
+def test_one_chosen_task_of_a_finite_family() -> None:
+    """Forward alone, twice: backward is not asked for, and hides no interval."""
+    tasks = np.array([[1.0], [1.0]], np.float32)
+    (scores,) = compare([outcome([[100, 102]], tasks=tasks)], HalfCheetahDir(horizon=6))
+    assert list(scores.steps[0].by_task) == ["forward"]
+    assert scores.steps[0].interval == (100.0, 102.0)
+
+
+def test_tasks_beyond_those_trained_on_are_counted() -> None:
+    """Goals in a square of .3 m: two of four lie outside."""
+    (scores,) = compare([outcome([[1, 2, 3, 4]])], Navigation2D(horizon=6, goal_range=0.3))
+    assert scores.outside_training == 2
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     """One seed twice, other tasks, other numbers of steps."""
     run = outcome([[1, 1, 1, 1]])
@@ -108,31 +125,3 @@ def test_what_cannot_be_compared_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=complaint):
             compare([run, other], NAVIGATION)
-
-
-def test_the_long_form_has_a_row_a_task_and_step() -> None:
-    """With every column that tells where a number comes from."""
-    rows = list(
-        long_form([outcome([[1, 2, 3, 4], [5, 6, 7, 8]], method="random", seed=3)], NAVIGATION)
-    )
-    assert len(rows) == 8
-    assert rows[5] == {
-        "family": "navigation",
-        "protocol": "",
-        "method": "random",
-        "seed": 3,
-        "task": 1,
-        "task_goal_x": pytest.approx(-0.3),
-        "task_goal_y": pytest.approx(0.4),
-        "gradient_steps": 1,
-        "return_mean": 6.0,
-        "return_sd": 2.0,
-        "episodes": 7,
-        "distance_mean": 0.06,
-        "step_size": 0.5,
-        "tasks": "test",
-    }
-    ant = next(
-        iter(long_form([outcome([[1]], tasks=np.ones((1, 1), np.float32))], envs.make("ant_vel")))
-    )
-    assert ant["protocol"] == "paper"

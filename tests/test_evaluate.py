@@ -33,7 +33,7 @@ from maml_rl.sampler import (
     task_generator,
     task_seeds,
 )
-from maml_rl.task_sets import held_out
+from maml_rl.task_sets import TaskSet, held_out
 
 FAMILY = Navigation2D(horizon=6, goal_radius=0.05)
 SETTINGS = EvaluationSettings(tasks=4, episodes=3, steps=2)
@@ -125,29 +125,15 @@ def evaluation(tasks: list[float], returns: list[float]) -> Evaluation:
     return Evaluation(wanted, rows, np.zeros_like(rows), rows[..., None], 3)
 
 
-def test_half_width_by_hand() -> None:
-    """1.96 sd / sqrt(n), sd with divisor n - 1: of 1, 2, 3, 6 that is sqrt(14 / 3)."""
-    result = evaluation([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 6.0])
-    family = HalfCheetahVel()
-    assert math.isclose(result.half_width(family, 0), 1.96 * math.sqrt(14 / 3) / 2)
-    # 1, 102, 3, 106: mean 53, squares 2704, 2401, 2500, 2809.
-    assert math.isclose(result.half_width(family, 1), 1.96 * math.sqrt(10414 / 3) / 2)
-    assert math.isnan(evaluation([0.1], [1.0]).half_width(family, 0))
-
-
-def test_half_width_of_a_finite_family_is_over_repetitions_of_each_task() -> None:
-    """Backward 1, 3, 5 (variance 4), forward 100, 102 (variance 2): the mean of the 5 has variance
-    (3 * 4 + 2 * 2) / 25, whatever lies between the tasks."""
+def test_repetitions_of_a_finite_familys_tasks_are_told_apart() -> None:
+    """By mask, in words; a family of infinitely many tasks has no groups."""
     result = evaluation([-1.0, 1.0, -1.0, 1.0, -1.0], [1.0, 100.0, 3.0, 102.0, 5.0])
-    family = HalfCheetahDir()
-    assert math.isclose(result.half_width(family, 0), 1.96 * math.sqrt(16) / 5)
-    groups = {words: mask.tolist() for words, mask in result.groups(family)}
+    groups = {words: mask.tolist() for words, mask in result.groups(HalfCheetahDir())}
     assert groups == {
         "backward": [True, False, True, False, True],
         "forward": [False, True, False, True, False],
     }
-    # One repetition of a task says nothing of its spread.
-    assert math.isnan(evaluation([-1.0, 1.0], [1.0, 2.0]).half_width(family, 0))
+    assert list(result.groups(HalfCheetahVel())) == []
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
@@ -189,7 +175,7 @@ def test_episodes_are_of_the_test_stream_and_figures_are_theirs() -> None:
 def test_a_tasks_numbers_do_not_depend_on_the_other_tasks() -> None:
     """The first two tasks alone give what they give among four."""
     whole = run()
-    part = run(tasks=whole.tasks[:2])
+    part = run(tasks=TaskSet("chosen", whole.tasks[:2]))
     check_same(
         part,
         Evaluation(

@@ -40,7 +40,7 @@ WRITERS: Mapping[str, str] = {
     "maml_rl.runs": "run folders, evaluations, summaries",
     "maml_rl.checkpoints": "the checkpoints of a run folder, for runs.py",
     "maml_rl.locks": "the lock of a run folder, for runs.py",
-    "maml_rl.evaluate": "evaluation.csv and summary.json",
+    "maml_rl.results": "evaluation.csv and summary.json",
     "maml_rl.figures": "figures",
     "maml_rl.render": "videos",
     "maml_rl.report": "report.html",

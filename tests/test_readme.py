@@ -32,12 +32,18 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """In order, in an empty folder; training and speed with their scale cut by flags."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    cuts = {"train": TINY, "speed": ["--scale", "0.02"], "resume": ["--iterations", "2"]}
+    fewer = ["--seeds", "0", "--candidates", "0.1", "--validation-tasks", "1"]
+    cuts = {
+        "train": TINY,
+        "speed": ["--scale", "0.02"],
+        "resume": ["--iterations", "2"],
+        "benchmark": [*TINY, *fewer],
+    }
     seen = set()
     for words in commands():
         seen.add(words[0])
         assert run([*words, *cuts.get(words[0], [])]) == 0, words
-    assert seen == {"train", "resume", "evaluate", "inspect", "list", "speed"}
+    assert seen == {"train", "resume", "evaluate", "benchmark", "inspect", "list", "speed"}
 
 
 @pytest.mark.slow

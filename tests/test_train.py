@@ -14,12 +14,13 @@ from torch import nn
 
 import maml_rl
 from maml_rl.adapt import Params
+from maml_rl.assess import evaluate_policy
 from maml_rl.checkpoints import State
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.maml import chunk_size
 from maml_rl.runs import Row, RunFolder
-from maml_rl.train import evaluate_policy, meta_train, resume
+from maml_rl.train import meta_train, resume
 from tests.conftest import rows
 from tests.tiny import SETTINGS
 

@@ -1,0 +1,170 @@
+"""Write the results' tables into README.md and experiments/results/README.md.
+
+python experiments/results/make_tables.py           # write
+python experiments/results/make_tables.py --check   # exit 1 where a table is not up to date
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from the summary.json of
+the runs that are kept here. A test runs the check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maml_rl.paper import paper_returns
+
+RESULTS = Path(__file__).parent
+FILES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
+BENCHMARKS = ("navigation",)
+
+# What JSON holds no static type can say, hence Any.
+Summary = Mapping[str, Any]
+
+
+def summary(folder: str) -> Summary:
+    """Return a test's summary."""
+    found: Summary = json.loads((RESULTS / folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def step_words(steps: int) -> str:
+    """Return a number of gradient steps in words."""
+    return "before adapting" if steps == 0 else f"after {steps} gradient step{'s' * (steps > 1)}"
+
+
+def with_interval(step: Summary) -> str:
+    """Return a mean return with its 95 % interval."""
+    interval = step["interval_95"]
+    around = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+    return f"{step['return']:.1f}{around}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def one_run(folder: str) -> str:
+    """Return the table of one direction run's test."""
+    steps = summary(f"{folder}/evaluation")["methods"][0]["gradient_steps"]
+    rows = []
+    for step in steps:
+        cells = [step_words(step["steps"]), with_interval(step)]
+        for task in ("backward", "forward"):
+            found = step["by_task"][task]
+            cells += [f"{found['return']:.1f}", f"{found['velocity']:.2f}"]
+        rows.append(cells)
+    return table(["", "return", "backward: return", "m/s", "forward: return", "m/s"], rows)
+
+
+def quickstarts() -> str:
+    """Return the table of the quickstart's seeds."""
+    rows = []
+    for seed in range(5):
+        before, after = summary(f"quickstart-seed{seed}/evaluation")["methods"][0][
+            "gradient_steps"
+        ][:2]
+        speeds = [
+            " -> ".join(f"{step['by_task'][task]['velocity']:.2f}" for step in (before, after))
+            for task in ("forward", "backward")
+        ]
+        rows.append([str(seed), with_interval(before), with_interval(after), *speeds])
+    head = ["seed", "return before", "return after 1 step", "forward, m/s", "backward, m/s"]
+    return table(head, rows)
+
+
+def benchmark(family: str) -> str:
+    """Return the table of a benchmark, with the paper's rows below ours."""
+    found = summary(f"benchmark_{family}")
+    sizes = found["step_sizes"]
+    rows = []
+    for one in found["methods"]:
+        method, steps = one["method"], one["gradient_steps"]
+        label = method
+        if method in sizes:
+            own, best = sizes[method]["own"], sizes[method]["best"]
+            label += f", step size {one['step_size']:g}"
+            if one["step_size"] == best != own:
+                label += " (best on validation tasks)"
+        gaps = [step["gap_closed"] for step in steps[1:]]
+        closed = " / ".join(f"{gap:.2f}" for gap in gaps if gap is not None)
+        cells = [with_interval(step) for step in steps]
+        rows.append([label, *cells, *[""] * (4 - len(cells)), closed])
+    rows += papers_rows(family)
+    head = ["method", "before", "1 step", "2 steps", "3 steps", "gap closed after 1 / 2 / 3"]
+    return table(head, rows)
+
+
+def papers_rows(family: str) -> Iterator[list[str]]:
+    """Yield the paper's own numbers as rows of a benchmark's table."""
+    points = paper_returns(family)
+    oracle = points["oracle"][0].mean
+    for method, found in points.items():
+        means = [point.mean for point in found if point.steps <= 3]
+        closed = [(mean - means[0]) / (oracle - means[0]) for mean in means[1:]]
+        cells = [f"{mean:.1f}" for mean in means]
+        gaps = " / ".join(f"{gap:.2f}" for gap in closed)
+        yield [f"*{method}, the paper's*", *cells, *[""] * (4 - len(cells)), gaps]
+
+
+def training() -> str:
+    """Return what the benchmarks' runs took."""
+    rows = []
+    for family in BENCHMARKS:
+        for run in summary(f"benchmark_{family}")["runs"]:
+            if not run["iterations"]:
+                continue
+            rows.append(
+                [
+                    family,
+                    f"[{run['run']}](benchmark_{family}/{run['run']})",
+                    str(run["iterations"]),
+                    f"{run['env_steps'] / 1e6:.1f}",
+                    f"{run['seconds'] / 60:.0f}",
+                ]
+            )
+    return table(["family", "run", "iterations", "million control steps", "minutes"], rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "quickstart": lambda: one_run("quickstart-seed0"),
+    "quickstart seeds": quickstarts,
+    "half_cheetah_dir run": lambda: one_run("half_cheetah_dir-seed0"),
+    "training": training,
+    **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- table (.*?) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, made, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Write the tables, or with --check tell which pages are not up to date."""
+    stale = []
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(str(file))
+            if "--check" not in sys.argv[1:]:
+                file.write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'not up to date' if '--check' in sys.argv[1:] else 'written'}")
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

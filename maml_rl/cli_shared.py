@@ -1,0 +1,79 @@
+"""What several commands of the command line share."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from envs.references import allow_imports
+from maml_rl.errors import InputError, RunStopped
+from maml_rl.signals import exit_code
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every command that runs an experiment takes."""
+
+    quiet: Switch = False
+    """Print nothing but errors."""
+    allow_import: Switch = False
+    """Let the experiment import code of yours, named package.module:Class or :function."""
+
+
+class Importing(ExitStack):
+    """Allows an experiment's own code to be imported while open, if the user said so."""
+
+    def __init__(self, allowed: bool) -> None:
+        super().__init__()
+        if allowed:
+            # A module beside the user is found even from a console script.
+            if "" not in sys.path and os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            self.enter_context(allow_imports())
+
+
+def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, list[str]]:
+    """Take the first word, which must be no flag, off a command's words."""
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            return example.split()[-1], list(words)
+        raise InputError(f"expected {what} first, as in `{example}`")
+    return words[0], list(words[1:])
+
+
+def command_line(command: str, target: Path, options: RunOptions, *more: str) -> str:
+    """Return what to type for a command on a file or folder."""
+    allow = ["--allow-import"] if options.allow_import else []
+    return shlex.join(["maml-rl", command, str(target), *more, *allow])
+
+
+@contextmanager
+def going_on(line: str, run: Path | None = None) -> Iterator[None]:
+    """Add the line to type to go on, where a signal ends a run or its test and not a fault.
+
+    Args:
+        line: what to type.
+        run: the folder that must be a run's for there to be anything to go on with.
+
+    Raises:
+        RunStopped: in place of KeyboardInterrupt, where there is something to go on with.
+    """
+    try:
+        yield
+    except RunStopped as stopped:
+        if stopped.exit_code < 128:
+            raise
+        raise RunStopped(f"{stopped}. Go on with: {line}", stopped.exit_code) from stopped
+    except KeyboardInterrupt as interrupt:
+        if run is not None and not (run / "config.yaml").exists():
+            raise
+        raise RunStopped(f"interrupted. Go on with: {line}", exit_code(interrupt)) from interrupt

@@ -1,0 +1,245 @@
+"""`maml-rl evaluate` and `maml-rl benchmark`: options, order of work, what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from envs import TaskFamily
+from maml_rl.assess import Subject, load_subject, load_subjects, outcomes_of
+from maml_rl.benchmark import (
+    Benchmark,
+    base_experiment,
+    benchmark_words,
+    check_plan,
+    choose_step_sizes,
+    outcomes_with,
+    plan,
+    progress,
+    train_planned,
+)
+from maml_rl.cli_shared import Importing, RunOptions, going_on, split_target
+from maml_rl.comparison import MethodScores, Outcome, compare
+from maml_rl.config import find_file, shipped_benchmarks
+from maml_rl.errors import InputError
+from maml_rl.memory import check_memory
+from maml_rl.results import results_folder, write_results
+from maml_rl.settings import parse_with_tyro
+from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
+from maml_rl.terminal import (
+    evaluation_notes,
+    evaluation_tables,
+    watching,
+)
+from maml_rl.trained import check_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
+    """Test policies, of one run or several side by side: return against gradient steps."""
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders. Runs of the same settings and several seeds count as one method; what is not
+    given below is as the first run's experiment says, for all of them."""
+    out: Path | None = None
+    """Where to write evaluation.csv, summary.json and figures; by default RUN/evaluation, and for
+    several runs `evaluation` beside the first."""
+    checkpoint: Literal["latest", "previous", "best"] = "latest"
+    """The newest, the one before it, or the best by training return after adaptation."""
+    steps: int | None = None
+    """Gradient steps, and for an oracle too, which otherwise takes none."""
+    episodes: int | None = None
+    """Episodes for every figure and every update."""
+    step_size: tuple[float, ...] = ()
+    """Step sizes of the first update to try, one after the other; by default each run's own."""
+    tasks: Literal["test", "paper"] = "test"
+    """Tasks that training never drew, or the 40 that the paper's numbers were measured on."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A task of your own, the numbers of one joined by commas (0.3,-0.2); may be repeated."""
+    tasks_from: tuple[float, float] | None = None
+    """Tasks drawn between two numbers, such as speeds that were never trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(RunOptions):
+    """Where the runs go, and which there are already."""
+
+    out: Path | None = None
+    """The folder of the runs and results; by default runs/NAME. What is there is gone on with."""
+    reuse: tuple[Path, ...] = ()
+    """Run folders elsewhere to take in place of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCommand:
+    """Train and test maml, pretrained, oracle and random side by side, each on the same budget.
+
+    Every setting of the experiment is a flag too, such as --sampling.tasks 4.
+    """
+
+    benchmark: Annotated[Benchmark, tyro.conf.arg(name="")]
+    options: Annotated[BenchmarkOptions, tyro.conf.arg(name="")]
+
+
+def report_results(
+    console: Console,
+    subjects: Sequence[Subject],
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    *,
+    quiet: bool,
+    notes: Mapping[str, object],
+) -> list[MethodScores]:
+    """Score tests, write them to `folder`, and print them."""
+    family = subjects[0].family
+    scores = compare(outcomes, family)
+    write_results(folder, outcomes, scores, subjects, notes)
+    if quiet:
+        return scores
+    console.print()
+    for table in evaluation_tables(scores, family):
+        console.print(table)
+    text = f"{evaluation_notes(scores, family)} All figures: {folder}"
+    console.print(text, highlight=False, soft_wrap=True)
+    return scores
+
+
+NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
+"""What summary.json says where nothing else was asked for."""
+
+
+def report_run(console: Console, run: Path, quiet: bool) -> None:
+    """Test a run that has just been trained, by its experiment's own settings."""
+    subjects = load_subjects([run])
+    settings = subjects[0].trained.experiment.evaluation
+    outcomes = outcomes_of(subjects, tasks=held_out(subjects[0].family, settings.tasks))
+    folder = results_folder([run], None)
+    report_results(console, subjects, outcomes, folder, quiet=quiet, notes=NEWEST)
+
+
+def evaluate_command(words: Sequence[str], console: Console) -> None:
+    """`maml-rl evaluate`."""
+    options = parse_with_tyro(EvaluateOptions, joined(words, "task"), "maml-rl evaluate")
+    if not options.run:
+        raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
+    with Importing(options.allow_import):
+        subjects = load_subjects(options.run, options.checkpoint)
+        first = subjects[0].trained.experiment
+        tasks = wanted_tasks(options, first.family, first.evaluation.tasks)
+        outcomes = outcomes_of(
+            subjects,
+            tasks=tasks,
+            step_sizes=options.step_size,
+            steps=options.steps,
+            episodes=options.episodes,
+        )
+        folder = results_folder(options.run, options.out)
+        notes = {"checkpoint": options.checkpoint}
+        scores = report_results(
+            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes
+        )
+        draw_figures(console, folder, subjects, outcomes, scores, options.quiet)
+
+
+def joined(words: Sequence[str], flag: str) -> list[str]:
+    """Return words with each value of a flag joined to it, since "-0.3,-0.2" looks like a flag."""
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] == f"--{flag}":
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
+def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> TaskSet:
+    """Return the tasks that the command line asks for.
+
+    Raises:
+        InputError: if it asks for several kinds.
+        FamilyError: for what is no task of the family.
+    """
+    kinds: list[tuple[str, bool, Callable[[], TaskSet]]] = [
+        ("--tasks paper", options.tasks == "paper", lambda: papers_own(family)),
+        ("--task", bool(options.task), lambda: chosen(family, options.task)),
+        (
+            "--tasks-from",
+            options.tasks_from is not None,
+            lambda: between(family, *(options.tasks_from or (0.0, 0.0)), count),
+        ),
+    ]
+    given = [(flag, make) for flag, is_given, make in kinds if is_given]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(flag for flag, _ in given)} exclude each other")
+    return given[0][1]() if given else held_out(family, count)
+
+
+def draw_figures(
+    console: Console,
+    folder: Path,
+    subjects: Sequence[Subject],
+    outcomes: Sequence[Outcome],
+    scores: Sequence[MethodScores],
+    quiet: bool,
+) -> None:
+    """Draw every figure there is of a test into its folder, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        if not quiet:
+            console.print("Figures need matplotlib: pip install 'maml-rl[plot]'", soft_wrap=True)
+        return
+    # Imported on demand: it is slow, and an extra.
+    from maml_rl import figures
+
+    drawn = figures.draw(folder, subjects, outcomes, scores)
+    if not quiet:
+        console.print(f"Drawn, as PNG and SVG: {', '.join(drawn)}", highlight=False, soft_wrap=True)
+
+
+def benchmark_command(words: Sequence[str], console: Console) -> None:
+    """`maml-rl benchmark`."""
+    target, flags = split_target(words, "FILE", "maml-rl benchmark benchmark_navigation")
+    file = find_file(target, shipped_benchmarks(), "benchmark")
+    of_command = [f.name for f in dataclasses.fields(BenchmarkOptions)]
+    sorted_words = benchmark_words(file, flags, ignored=of_command)
+    parsed = parse_with_tyro(BenchmarkCommand, sorted_words.ours, f"maml-rl benchmark {target}")
+    benchmark, options = parsed.benchmark, parsed.options
+    out = options.out or Path("runs") / benchmark.name
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            console.print(text, highlight=False, soft_wrap=True)
+
+    with Importing(options.allow_import):
+        base = base_experiment(benchmark, sorted_words, file)
+        planned = plan(benchmark, base, out)
+        for one in planned:
+            check_device(one.experiment.device)
+            check_memory(one.experiment, "sampling", "evaluation")
+        given = check_plan(planned, options.reuse)
+        with going_on(shlex.join(["maml-rl", "benchmark", *words])):
+            for one in planned:
+                say(f"{one.name}: {given.get(one.name) or progress(one)}")
+                if one.name not in given:
+                    with watching(console, options.quiet) as watch:
+                        train_planned(one, watch)
+            subjects = [load_subject(given.get(one.name, one.path)) for one in planned]
+            sizes = choose_step_sizes(benchmark, subjects, say)
+            outcomes = outcomes_with(benchmark, subjects, sizes)
+        folder = results_folder([], out)
+        notes = {
+            **NEWEST,
+            "benchmark": dataclasses.asdict(benchmark),
+            "step_sizes": {name: dataclasses.asdict(size) for name, size in sizes.items()},
+        }
+        scores = report_results(
+            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes
+        )
+        draw_figures(console, folder, subjects, outcomes, scores, options.quiet)

@@ -1,0 +1,83 @@
+"""What `maml-rl list` shows: task families, their settings, and the experiments that ship."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+import envs
+from envs import TaskFamily
+from maml_rl.config import shipped_benchmarks, shipped_experiments
+
+
+def show_families(console: Console) -> None:
+    """Print every family with its tasks, measures and settings."""
+    for name, cls in envs.FAMILIES.items():
+        family = envs.make(name)
+        first = (cls.__doc__ or "").splitlines()[0]
+        console.print(f"\n{name}", style="bold", highlight=False)
+        console.print(f"  {first}", highlight=False, soft_wrap=True)
+        for title, columns in (("task", family.task_columns), ("measured", family.measure_columns)):
+            text = "; ".join(f"{c.name} ({c.unit}): {c.meaning}" for c in columns)
+            console.print(f"  {title}: {text}", highlight=False, soft_wrap=True, markup=False)
+        table = Table(box=None, pad_edge=False, show_header=True)
+        for heading in ("  field", "default", "meaning and unit"):
+            table.add_column(heading)
+        meanings = field_meanings(cls)
+        for item in dataclasses.fields(family):
+            value = getattr(family, item.name)
+            alternatives = other_protocols(family, item.name, value)
+            table.add_row(f"  {item.name}", f"{value}{alternatives}", meanings.get(item.name, ""))
+        console.print(table)
+
+
+def show_experiments(console: Console) -> None:
+    """Print every experiment and benchmark that ships, with its file's first line."""
+    for title, files in (
+        ("Experiments that ship (maml-rl train NAME)", shipped_experiments()),
+        ("Benchmarks that ship (maml-rl benchmark NAME)", shipped_benchmarks()),
+    ):
+        console.print(f"\n{title}", style="bold")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, path in files.items():
+            header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            table.add_row(f"  {name}", header)
+        console.print(table)
+
+
+def other_protocols(family: TaskFamily, field: str, value: object) -> str:
+    """Return what the other protocols decide for a field, in brackets, where it differs."""
+    tables: Mapping[str, Mapping[str, object]] = getattr(family, "protocols", {})
+    own = getattr(family, "protocol", "")
+    others = [
+        f"{name}: {decided[field]}"
+        for name, decided in tables.items()
+        if name != own and field in decided and decided[field] != value
+    ]
+    return f" ({', '.join(others)})" if others else ""
+
+
+def field_meanings(cls: type) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for line, after in itertools.pairwise(body.body):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found[line.target.id] = " ".join(str(after.value.value).split())
+    return found

@@ -1,0 +1,176 @@
+"""What tests found, as files: evaluation.csv in long form, and summary.json.
+
+evaluation.csv   a row a method, seed, step size, task and number of gradient steps
+summary.json     a method's figures after each number of steps, and the runs they come from
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from envs.family import TaskFamily
+from maml_rl.assess import Subject
+from maml_rl.checkpoints import as_json
+from maml_rl.comparison import MethodScores, Outcome, StepScores
+from maml_rl.config import family_name
+from maml_rl.errors import InputError, RunStopped
+from maml_rl.runs import check_no_link, read_metrics, write_whole
+from maml_rl.versions import versions
+
+Cell = str | int | float
+
+
+def results_folder(runs: Sequence[Path], out: Path | None) -> Path:
+    """Make the folder for a test's files: `out`, or `evaluation` in the run or beside the runs.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    if out is not None:
+        folder = out
+    elif len(runs) == 1:
+        folder = runs[0] / "evaluation"
+        check_no_link(folder)
+    else:
+        folder = runs[0].parent / "evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    return folder
+
+
+def write_results(
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    scores: Sequence[MethodScores],
+    subjects: Sequence[Subject],
+    notes: Mapping[str, object],
+) -> None:
+    """Write evaluation.csv and summary.json.
+
+    Args:
+        folder: where to.
+        outcomes: every test.
+        scores: what they come to.
+        subjects: the policies tested, of one family.
+        notes: what else summary.json should say.
+
+    Raises:
+        RunStopped: if the disk does not take them.
+    """
+    family = subjects[0].family
+    table = io.StringIO()
+    rows = list(long_form(outcomes, family))
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    summary = {
+        "family": family_name(family),
+        "protocol": protocol_of(family),
+        **notes,
+        "versions": versions(),
+        "runs": [training_of(subject) for subject in subjects],
+        "methods": [method_summary(one, family) for one in scores],
+    }
+    try:
+        write_whole(folder / "evaluation.csv", table.getvalue())
+        write_whole(folder / "summary.json", as_json(summary))
+    except OSError as error:
+        raise RunStopped(f"the test cannot be written to {folder}: {error.strerror}", 3) from error
+
+
+def protocol_of(family: TaskFamily) -> str:
+    """Return the protocol of a family that has one, else ""."""
+    return str(getattr(family, "protocol", ""))
+
+
+def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[str, Cell]]:
+    """Yield evaluation.csv: one row a method, seed, step size, task and number of steps."""
+    columns = [c.name for c in family.task_columns]
+    measures = [c.name for c in family.measure_columns]
+    for one in tested:
+        found = one.evaluation
+        outside = family.outside_training(found.tasks)
+        for step, returns in enumerate(found.returns):
+            for task, value in enumerate(returns):
+                numbers = zip(columns, found.tasks[task].tolist(), strict=True)
+                means = zip(measures, found.measures[step, task].tolist(), strict=True)
+                yield {
+                    "family": family_name(family),
+                    "protocol": protocol_of(family),
+                    "method": one.method,
+                    "seed": one.seed,
+                    "task": task,
+                    **{f"task_{name}": number for name, number in numbers},
+                    "gradient_steps": step,
+                    "return_mean": float(value),
+                    "return_sd": float(found.return_sds[step, task]),
+                    "episodes": found.episodes,
+                    **{f"{name}_mean": number for name, number in means},
+                    "step_size": one.step_size,
+                    "variant": one.variant,
+                    "tasks": one.source,
+                    "outside_training": int(outside[task]),
+                }
+
+
+def training_of(subject: Subject) -> dict[str, object]:
+    """Return what a policy's training took."""
+    metrics_file = subject.path / "metrics.csv"
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
+    done = slice(None, subject.iterations)
+    seconds = [sum(metrics.get(f"seconds_{n}", ())[done]) for n in ("sampling", "updating")]
+    return {
+        "method": subject.method,
+        "variant": subject.variant,
+        "seed": subject.seed,
+        "run": subject.path.name,
+        "iterations": subject.iterations,
+        "env_steps": subject.env_steps,
+        "seconds": round(sum(seconds), 1),
+    }
+
+
+def method_summary(one: MethodScores, family: TaskFamily) -> dict[str, object]:
+    """Return one method's figures as plain values."""
+    return {
+        "method": one.method,
+        "variant": one.variant,
+        "seeds": list(one.seeds),
+        "step_size": one.step_size,
+        "tasks": one.source,
+        "task_count": one.tasks,
+        "outside_training": one.outside_training,
+        "episodes": one.episodes,
+        "gradient_steps": [step_summary(step, family) for step in one.steps],
+    }
+
+
+def step_summary(step: StepScores, family: TaskFamily) -> dict[str, object]:
+    """Return the figures after one number of gradient steps; null for those that are unknown."""
+    names = [c.name for c in family.measure_columns]
+    return {
+        "steps": step.steps,
+        "return": step.mean,
+        "interval_95": known(*step.interval),
+        "sd_over_tasks": step.sd_over_tasks,
+        "interquartile_mean": step.interquartile_mean,
+        "interval_95_over_runs": known(*step.interval_over_runs),
+        "share_worse": step.share_worse,
+        "gap_closed": step.gap_closed,
+        **dict(zip(names, step.measures.tolist(), strict=True)),
+        "by_task": {
+            task: {"return": value, **dict(zip(names, measures.tolist(), strict=True))}
+            for task, (value, measures) in step.by_task.items()
+        },
+    }
+
+
+def known(low: float, high: float) -> list[float] | None:
+    """Return an interval's bounds, None where nothing is known of them."""
+    return None if math.isnan(low) else [low, high]

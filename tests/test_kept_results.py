@@ -1,0 +1,80 @@
+"""The results that the README quotes, against the runs that are kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maml_rl.config import load_experiment
+from maml_rl.runs import read_metrics
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+QUICKSTARTS = [RESULTS / f"quickstart-seed{seed}" for seed in range(5)]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    found = json.loads((run / "evaluation" / "summary.json").read_text())
+    steps: list[dict[str, Any]] = found["methods"][0]["gradient_steps"]
+    return steps
+
+
+@pytest.mark.parametrize("run", QUICKSTARTS, ids=lambda p: p.name)
+def test_quickstart_adapts_visibly(run: Path) -> None:
+    """One step's interval lies above that before, and .2 m/s are gained in each direction."""
+    before, after = steps_of(run)[:2]
+    assert after["interval_95"][0] > before["interval_95"][1]
+    with (run / "evaluation" / "evaluation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for direction in ("-1.0", "1.0"):
+        speed = [
+            [
+                float(r["velocity_mean"])
+                for r in rows
+                if r["task_direction"] == direction and r["gradient_steps"] == steps
+            ]
+            for steps in ("0", "1")
+        ]
+        assert len(speed[0]) == len(speed[1]) == 20
+        assert sum(speed[1]) / 20 - sum(speed[0]) / 20 >= 0.2
+
+
+def test_the_full_run_learned() -> None:
+    """At least 60 iterations of 40 x 20 x 200 x 2 steps; before stays below 0, after beats 60."""
+    run = RESULTS / "half_cheetah_dir-seed0"
+    experiment = load_experiment(run / "config.yaml")
+    assert (experiment.sampling.tasks, experiment.sampling.episodes) == (40, 20)
+    metrics = read_metrics(run / "metrics.csv")
+    assert len(metrics["iteration"]) >= 60
+    assert metrics["env_steps"][0] == 40 * 20 * 200 * 2
+    assert max(metrics["return_0"]) < 0
+    assert sum(metrics["return_1"][-5:]) / 5 > 60
+
+
+def test_the_pages_tables_are_those_of_the_runs() -> None:
+    """What the script would write stands there already, in both pages."""
+    check = [sys.executable, str(RESULTS / "make_tables.py"), "--check"]
+    done = subprocess.run(
+        check, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    for page in (ROOT / "README.md", RESULTS / "README.md"):
+        assert "<!-- table " in page.read_text(encoding="utf-8")
+
+
+def test_navigation_reaches_the_papers_return_after_one_step() -> None:
+    """-12 or better on the paper's own tasks, each method with two seeds and one budget."""
+    found = json.loads((RESULTS / "benchmark_navigation" / "summary.json").read_text())
+    maml = found["methods"][0]
+    assert (maml["method"], maml["tasks"], maml["seeds"]) == ("maml", "paper", [0, 1])
+    assert maml["gradient_steps"][1]["return"] > -12
+    spent = {run["env_steps"] for run in found["runs"] if run["iterations"]}
+    # Episodes end early, so the control steps of whole episodes differ a little.
+    assert max(spent) < 1.02 * min(spent)
