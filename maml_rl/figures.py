@@ -40,9 +40,11 @@ COLOURS: Mapping[str, str] = {
     ORACLE: "#009E73",
     RANDOM: "#666666",
 }
+OTHERS = ("#56B4E9", "#CC79A7", "#E69F00")
+"""Of a method's second, third, ... variant."""
 MARKERS: Mapping[str, str] = {MAML: "o", PRETRAINED: "s", ORACLE: "D", RANDOM: "^"}
 STYLES = ("-", "--", "-.", ":")
-"""Of a method's first, second, ... step size or variant."""
+"""Of a method's first, second, ... step size."""
 
 LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -106,15 +108,20 @@ def shown(one: MethodScores, scores: Sequence[MethodScores]) -> str:
     return f"{one.name}, step size {one.step_size:g}" if several else one.name
 
 
+def colour(method: str, number: int) -> str:
+    """Return the colour of a method's variant, of which the first is number 0."""
+    return OTHERS[(number - 1) % len(OTHERS)] if number else COLOURS[method]
+
+
 def looks(scores: Sequence[MethodScores]) -> list[tuple[str, str, str]]:
     """Return colour, marker and line style of each."""
-    seen: dict[str, int] = {}
     result = []
-    for one in scores:
-        number = seen.get(one.method, 0)
-        seen[one.method] = number + 1
-        style = STYLES[number % len(STYLES)]
-        result.append((COLOURS[one.method], MARKERS[one.method], style))
+    for place, one in enumerate(scores):
+        before = scores[:place]
+        variants = list(dict.fromkeys(o.variant for o in before if o.method == one.method))
+        number = variants.index(one.variant) if one.variant in variants else len(variants)
+        style = STYLES[sum(other.name == one.name for other in before) % len(STYLES)]
+        result.append((colour(one.method, number), MARKERS[one.method], style))
     return result
 
 
@@ -180,8 +187,9 @@ def readable_range(
     span = max(max(values) - min(values), 1e-3)
     # What falls a little lower still fits in.
     low = min([*values, *(e for e in ends if e > min(values) - span)])
-    margin = 0.08 * max(max(ends) - low, 1e-3)
-    return low - margin, max(ends) + margin
+    high = max(values + ends)
+    margin = 0.08 * max(high - low, 1e-3)
+    return low - margin, high + margin
 
 
 def caption(scores: Sequence[MethodScores], papers: Mapping[str, object]) -> str:
@@ -227,9 +235,12 @@ def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
     figure = Figure(figsize=(10, 4.5))
     left, right = figure.subplots(1, 2, sharey=True)
     for number, ((method, variant), runs) in enumerate(curves.items()):
+        variants = [v for m, v in curves if m == method]
+        shade = colour(method, variants.index(variant))
         name = f"{method} ({variant})" if variant else method
-        # A variant is told apart by its markers' density too.
-        every = (0.05 + 0.03 * (number % 3), 0.15 + 0.05 * (number % 3))
+        # Ten markers a line, and not all methods' at one place.
+        apart = max(1, len(runs[0]["iteration"]) // 10)
+        every = (number * apart // 4 % apart, apart)
         phases = sum(1 for n in runs[0] if n.startswith("return_") and not n.endswith("_sd"))
         for phase in range(phases):
             label = name
@@ -238,7 +249,7 @@ def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
             style = STYLES[(phases - 1 - phase) % len(STYLES)]
             for axes, x in ((left, million_steps), (right, times)):
                 lines = [(x(run), np.array(run[f"return_{phase}"])) for run in runs]
-                look = {"color": COLOURS[method], "linestyle": style}
+                look = {"color": shade, "linestyle": style}
                 marks = {"marker": MARKERS[method], "markersize": 4, "markevery": every}
                 if len(lines) > 1:
                     for line in lines:
@@ -318,7 +329,8 @@ def tasks_figure(
         if finite is not None:
             axes.set_xticks(range(len(finite)), [family.describe_task(t) for t in finite])
     column = family.task_columns[0]
-    figure.supxlabel(f"task: {column.meaning or column.name} ({column.unit})", fontsize=10)
+    what = column.meaning or column.name
+    figure.supxlabel(f"{what} ({column.unit})" if finite is None else column.name, fontsize=10)
     figure.supylabel("return of an episode", fontsize=10)
     figure.suptitle(title(family), fontsize=11)
     return figure

@@ -394,3 +394,74 @@ def test_balanced_directions_are_equally_often_in_every_batch(name: str) -> None
     assert len({tuple(t) for t in even}) > 5
     assert {float(family.sample_tasks(5, rng).sum()) for _ in range(20)} == {-1.0, 1.0}
     assert {float(envs.make(name).sample_tasks(6, rng).sum()) for _ in range(20)} > {0.0}
+
+
+OTHER_WORDS = {
+    "protocol": ("paper", "gymnasium"),
+    "observation": ("paper", "gymnasium"),
+    "velocity_of": ("root", "center-of-mass"),
+    "position_noise_shape": ("normal", "uniform"),
+    "start_pose": ("init_qpos", "qpos0"),
+    "contact": ("soft", "file"),
+}
+
+
+def other_value(name: str, value: object) -> object:
+    """A value that a field may take besides its own."""
+    if isinstance(value, str):
+        return next(word for word in OTHER_WORDS[name] if word != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, tuple):
+        return (value[0] / 2, *value[1:])
+    assert isinstance(value, float)
+    return value / 2 if value else 0.25
+
+
+def test_returns_compare_unless_a_setting_changes_them(family: TaskFamily) -> None:
+    """Every field tells families apart but those that only say which tasks training draws; and
+    these change no bit of an episode."""
+    plan = make_plan(family)
+    with family.make_worlds(WORLDS, threads=1) as worlds:
+        expected = trace(worlds, plan)
+    assert family.comparable(dataclasses.replace(family))
+    fields = {f.name: getattr(family, f.name) for f in dataclasses.fields(family)}
+    assert set(fields) > family.training_fields
+    for name, value in fields.items():
+        other = envs.make(family.name, **{**fields, name: other_value(name, value)})
+        for one, two in ((family, other), (other, family)):
+            assert one.comparable(two) == (name in family.training_fields), name
+        if name in family.training_fields:
+            with other.make_worlds(WORLDS, threads=1) as worlds:
+                assert trace(worlds, plan) == expected, name
+
+
+def test_returns_of_two_families_never_compare() -> None:
+    """Nor those of one derived from another, whose reward may be another."""
+
+    class Derived(envs.Navigation2D):
+        """Of the same name and fields."""
+
+    made = [*(envs.make(name) for name in envs.FAMILIES), Derived()]
+    for i, one in enumerate(made):
+        assert [one.comparable(other) for other in made] == [i == j for j in range(len(made))]
+
+
+def test_tasks_that_training_never_draws() -> None:
+    """Beyond a bound, and not at it; no direction is, and what is drawn never is."""
+    goals = np.array([[0.5, -0.5], [0.0, 0.51], [-0.51, 0.0], [0.1, 0.2]], np.float32)
+    found = envs.make("navigation").outside_training(goals)
+    assert found.tolist() == [False, True, True, False]
+    speeds = np.array([[0.4], [0.39], [1.1], [1.11], [-0.7]], np.float32)
+    for name in ("half_cheetah_vel", "ant_vel"):
+        family = envs.make(name, speed_low=0.4, speed_high=1.1)
+        assert family.outside_training(speeds).tolist() == [False, True, False, True, True]
+    directions = envs.make("ant_dir").outside_training(np.array([[1.0], [-1.0]], np.float32))
+    assert directions.tolist() == [False, False]
+
+
+def test_what_is_drawn_is_not_outside_of_training(family: TaskFamily) -> None:
+    drawn = family.sample_tasks(50, np.random.default_rng(8))
+    assert not family.outside_training(drawn).any()

@@ -16,7 +16,7 @@ def test_every_row_of_the_goals_is_measured(capsys: pytest.CaptureFixture[str]) 
     figures = json.loads(capsys.readouterr().out)
     assert [f["unit"] for f in figures] == [
         *("of bare physics speed", "x bare physics time", "s"),
-        *("s", "GB", "GB", "% of its time"),
+        *("s", "GB", "GB", "% of its time", "s"),
     ]
     assert all(f["value"] >= 0 for f in figures)
     assert 0 < figures[0]["value"] < 1.5

@@ -8,7 +8,8 @@ import pytest
 
 import envs
 from envs.family import FamilyError
-from maml_rl.task_sets import between, chosen, held_out, papers_own
+from maml_rl.sampler import TEST_SEED, TRAINING, task_generator, task_seeds
+from maml_rl.task_sets import between, chosen, held_out, papers_own, validation
 
 
 def test_the_papers_tasks_are_those_of_its_seed() -> None:
@@ -87,3 +88,31 @@ def test_the_paper_has_no_tasks_for_families_of_others() -> None:
     )
     with pytest.raises(FamilyError, match="the paper has no tasks for gymnasium"):
         papers_own(family)
+
+
+@pytest.mark.parametrize("name", ["navigation", "half_cheetah_vel", "ant_vel"])
+def test_nothing_is_chosen_on_tasks_of_the_test_or_of_training(name: str) -> None:
+    """Validation tasks are always the same, more of them begin with the fewer, and none is a test
+    task, one of the paper's or one that a run draws."""
+    family = envs.make(name)
+    found = validation(family, 20)
+    assert (found.source, found.tasks.shape) == ("validation", (20, len(family.task_columns)))
+    assert np.array_equal(validation(family, 7).tasks, found.tasks[:7])
+    chosen_on = set(map(tuple, found.tasks.tolist()))
+    assert len(chosen_on) == 20
+    assert not chosen_on & set(map(tuple, held_out(family, 200).tasks.tolist()))
+    assert not chosen_on & set(map(tuple, papers_own(family).tasks.tolist()))
+    for seed in (0, 1, TEST_SEED):
+        for iteration in range(5):
+            drawn = family.sample_tasks(20, task_generator(TRAINING, seed, iteration))
+            assert not chosen_on & set(map(tuple, drawn.tolist()))
+
+
+def test_where_tasks_are_few_validation_has_other_episodes() -> None:
+    """Both directions, as in the test; the seeds of their episodes are of another stream."""
+    family = envs.make("half_cheetah_dir")
+    found, tested = validation(family, 4), held_out(family, 4)
+    assert sorted(found.tasks[:, 0].tolist()) == [-1.0, -1.0, 1.0, 1.0]
+    seeds = [set(task_seeds(s.stream, TEST_SEED, 0, 0, 4).tolist()) for s in (found, tested)]
+    assert not seeds[0] & seeds[1]
+    assert not seeds[0] & set(task_seeds(TRAINING, TEST_SEED, 0, 0, 4).tolist())

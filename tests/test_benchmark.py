@@ -1,0 +1,463 @@
+"""A benchmark: one budget for every method, step sizes chosen on tasks that no test uses."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from envs.family import TaskFamily
+from maml_rl import benchmark as module
+from maml_rl import cli_tests
+from maml_rl.assess import Subject, load_subject
+from maml_rl.benchmark import Benchmark, choose_step_sizes, plan
+from maml_rl.cli import run
+from maml_rl.config import Experiment, load_experiment
+from maml_rl.evaluate import Evaluation, evaluate
+from maml_rl.runs import Row
+from maml_rl.sampler import TEST_SEED, VALIDATION, SamplingError, task_generator
+from maml_rl.signals import Terminated
+from maml_rl.task_sets import TaskSet, held_out, papers_own
+from maml_rl.train import meta_train
+from tests.conftest import rows
+
+HUGE = 1e6
+"""A step size that leaves no policy whole."""
+FILE: Mapping[str, object] = {
+    "name": "small",
+    "experiment": "navigation",
+    "seeds": [3, 1],
+    "iterations": 2,
+    "pretrained_step_size": 0.2,
+    "random_step_size": 0.3,
+    "candidates": [HUGE, 0.05, 0.4],
+    "validation_tasks": 5,
+    "settings": {
+        "threads": 1,
+        # No episode ends early, so that control steps can be counted by hand.
+        "family": {"horizon": 6, "goal_radius": 0.0},
+        "sampling": {"tasks": 4, "episodes": 3},
+        "policy": {"layers": [8, 5]},
+        "evaluation": {"tasks": 3, "episodes": 2, "steps": 2},
+    },
+}
+METHODS = ("maml", "pretrained", "oracle", "random")
+STEP_SIZES = {"maml": 0.5, "pretrained": 0.2, "random": 0.3}
+"""The paper's own."""
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+def write(path: Path, **changed: object) -> str:
+    """A benchmark's file, with some of it changed."""
+    path.write_text(yaml.safe_dump({**FILE, **changed}))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, without matplotlib."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark that nothing interrupted; no test changes it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        words = [write(folder / "small.yaml"), "--out", str(folder / "out"), "--quiet"]
+        assert run(["benchmark", *words]) == 0
+    return folder / "out"
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "evaluation.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def returns_of(folder: Path, **where: object) -> list[float]:
+    """Of the rows of evaluation.csv that agree with `where`, in their order."""
+    found = [r for r in table(folder) if all(r[k] == str(v) for k, v in where.items())]
+    return [float(r["return_mean"]) for r in found]
+
+
+@functools.cache
+def loaded(run_folder: Path) -> Subject:
+    """A run, read once for all tests."""
+    return load_subject(run_folder)
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file was."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def parameters(run_folder: Path) -> bytes:
+    return (run_folder / "checkpoints/latest/parameters.safetensors").read_bytes()
+
+
+def by_hand(run_folder: Path, tasks: TaskSet, size: float, steps: int = 2) -> Evaluation:
+    """A test through the library's lower half."""
+    policy = loaded(run_folder).trained
+    experiment = policy.experiment
+    return evaluate(
+        policy.policy,
+        policy.params,
+        experiment.family,
+        settings=replace(experiment.evaluation, steps=steps, episodes=2),
+        adaptation=replace(experiment.adaptation, step_size=size),
+        advantages=experiment.advantages,
+        action_scale=experiment.policy.action_scale,
+        threads=1,
+        tasks=tasks,
+    )
+
+
+def test_every_method_samples_as_many_control_steps(whole: Path) -> None:
+    """2 iterations x 2 batches x 4 tasks x 3 episodes x 6 steps; random samples none."""
+    for method, iterations in (("maml", 2), ("pretrained", 4), ("oracle", 4)):
+        for seed in (3, 1):
+            found = rows(whole / f"{method}-seed{seed}")
+            assert len(found) == iterations
+            assert int(found[-1]["env_steps"]) == 2 * 2 * 4 * 3 * 6
+    runs = json.loads((whole / "summary.json").read_text())["runs"]
+    assert [(r["method"], r["seed"]) for r in runs] == [(m, s) for m in METHODS for s in (3, 1)]
+    assert {r["env_steps"] for r in runs[:6]} == {288}
+    assert {r["env_steps"] for r in runs[6:]} == {0}
+
+
+def test_budgets_follow_the_inner_steps() -> None:
+    """Two inner steps draw three batches an iteration; the experiment's own total by default."""
+    base = load_experiment("navigation", adaptation__inner_steps=2, iterations=7)
+    for iterations, total in ((None, 7), (10, 10)):
+        given = Benchmark(name="x", experiment="navigation", iterations=iterations)
+        found = {one.method: one.experiment for one in plan(given, base, Path("out"))}
+        assert {m: e.iterations for m, e in found.items()} == {
+            **{"maml": total, "pretrained": 3 * total, "oracle": 3 * total, "random": 0}
+        }
+        assert {m: e.adaptation.inner_steps for m, e in found.items()} == {
+            **{"maml": 2, "pretrained": 0, "oracle": 0, "random": 2}
+        }
+        assert [m for m, e in found.items() if e.policy.observe_task] == ["oracle"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_what_train_makes_of_its_settings(method: str, whole: Path) -> None:
+    """The same parameters to the bit: no method has a trainer of its own."""
+    plain = {"iterations": 4, "adaptation__inner_steps": 0}
+    changed: Mapping[str, object] = {
+        "maml": {"iterations": 2},
+        "pretrained": plain,
+        "oracle": {**plain, "policy__observe_task": True},
+        "random": {"iterations": 0},
+    }[method]
+    small = {"sampling__tasks": 4, "sampling__episodes": 3, "policy__layers": [8, 5]}
+    point = {"family__horizon": 6, "family__goal_radius": 0.0, "threads": 1}
+    experiment = load_experiment("navigation", seed=1, **small, **point, **changed)
+    expected = meta_train(experiment).params
+    one, other = (loaded(whole / f"{method}-seed{seed}").trained.params for seed in (1, 3))
+    assert list(one) == list(expected)
+    assert all(torch.equal(one[name], expected[name]) for name in one)
+    assert not all(torch.equal(other[name], expected[name]) for name in one)
+
+
+def test_the_best_candidate_on_validation_tasks_is_chosen(whole: Path) -> None:
+    """The largest mean over both runs after the last step, on goals and episodes of a stream of
+    their own; one that breaks a policy is none."""
+    family = loaded(whole / "maml-seed3").family
+    goals = family.sample_tasks(5, task_generator(VALIDATION, TEST_SEED, 0))
+    tasks = TaskSet("validation", goals, VALIDATION)
+    chosen = json.loads((whole / "summary.json").read_text())["step_sizes"]
+    assert list(chosen) == ["maml", "pretrained", "random"]
+    for method, found in chosen.items():
+        expected = {
+            size: np.mean(
+                [by_hand(whole / f"{method}-seed{s}", tasks, size).returns[2] for s in (3, 1)]
+            )
+            for size in (0.05, 0.4)
+        }
+        with pytest.raises(SamplingError, match="not finite"):
+            by_hand(whole / f"{method}-seed3", tasks, HUGE)
+        assert found["validation"][str(HUGE)] is None
+        for size, value in expected.items():
+            assert found["validation"][str(size)] == pytest.approx(value, rel=1e-12)
+        assert found["best"] == max(expected, key=lambda size: expected[size])
+        assert found["own"] == STEP_SIZES[method]
+
+
+def test_the_test_is_of_both_step_sizes_on_the_same_tasks(whole: Path) -> None:
+    """The paper's own and the best, both for every run, in numbers done by hand; before the first
+    step its size does not matter; and an oracle takes none."""
+    chosen = json.loads((whole / "summary.json").read_text())["step_sizes"]
+    tasks = held_out(loaded(whole / "maml-seed3").family, 3)
+    for method in ("maml", "pretrained", "random"):
+        sizes = [STEP_SIZES[method], chosen[method]["best"]]
+        where = {"method": method, "seed": 1}
+        kinds = [r["step_size"] for r in table(whole) if r["method"] == method and r["seed"] == "1"]
+        assert list(dict.fromkeys(kinds)) == list(map(str, sizes))
+        for size in sizes:
+            expected = by_hand(whole / f"{method}-seed1", tasks, size).returns
+            found = returns_of(whole, step_size=size, **where)
+            assert found == expected.reshape(-1).tolist()
+        before = [returns_of(whole, step_size=s, gradient_steps=0, **where) for s in sizes]
+        assert before[0] == before[1]
+    expected = by_hand(whole / "oracle-seed3", tasks, 1.0, steps=0).returns
+    assert returns_of(whole, method="oracle", seed=3) == expected[0].tolist()
+    goals = {(r["task"], r["task_goal_x"], r["task_goal_y"], r["tasks"]) for r in table(whole)}
+    assert len(goals) == 3
+
+
+def test_a_candidate_that_breaks_a_policy_is_never_chosen(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN compares with nothing, so it must not come to a comparison, wherever it stands; where
+    nothing is left there is no best."""
+    values = {0.1: math.nan, 0.2: -3.0, 0.4: -1.0, 0.8: math.nan}
+
+    def known(runs: Sequence[Subject], size: float, tasks: TaskSet) -> float:
+        return values[size]
+
+    monkeypatch.setattr(module, "validated", known)
+    subjects = [loaded(whole / "maml-seed3")]
+    for candidates, best in (
+        ((0.1, 0.2, 0.4, 0.8), 0.4),
+        ((0.8, 0.4, 0.2), 0.4),
+        ((0.2, 0.1), 0.2),
+        ((0.1, 0.8), None),
+        ((), None),
+    ):
+        given = Benchmark(name="x", experiment="x", methods=("maml",), candidates=candidates)
+        said: list[str] = []
+        found = choose_step_sizes(given, subjects, said.append)
+        assert (found["maml"].own, found["maml"].best) == (0.5, best)
+        tried = found["maml"].validation
+        assert tried == pytest.approx({c: values[c] for c in candidates}, nan_ok=True)
+        assert len(said) == len(candidates)
+
+
+def test_without_candidates_each_method_has_its_own_step_size(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is alpha where the file gives none; and nothing is trained that is there already, so
+    the runs stay as they were."""
+    for method in METHODS:
+        shutil.copytree(whole / f"{method}-seed3", f"out/{method}-seed3")
+    before = written(Path("out"))
+    file = write(Path("b.yaml"), candidates=[], seeds=[3], random_step_size=None)
+    assert run(["benchmark", file, "--out", "out"]) == 0
+    assert "iteration 1/" not in capsys.readouterr().out
+    sizes = {(r["method"], r["step_size"]) for r in table(Path("out")) if r["method"] != "oracle"}
+    assert sizes == {("maml", "0.5"), ("pretrained", "0.2"), ("random", "0.5")}
+    assert before.items() <= written(Path("out")).items()
+
+
+def test_the_papers_tasks_and_runs_from_elsewhere(whole: Path) -> None:
+    """All that is given is used, nothing trained, and a method may be left out."""
+    given = [str(whole / f"{m}-seed3") for m in ("oracle", "random")]
+    words = ["--methods", "random", "oracle", "--seeds", "3", "--candidates", "--reuse", *given]
+    file = write(Path("b.yaml"), tasks="paper")
+    assert run(["benchmark", file, *words, "--out", "new", "--quiet"]) == 0
+    assert sorted(p.name for p in Path("new").iterdir()) == ["evaluation.csv", "summary.json"]
+    tasks = papers_own(loaded(whole / "random-seed3").family)
+    expected = by_hand(whole / "random-seed3", tasks, 0.3).returns
+    assert returns_of(Path("new"), method="random") == expected.reshape(-1).tolist()
+    assert {r["tasks"] for r in table(Path("new"))} == {"paper"}
+
+
+class Interrupting:
+    """Watches training, and sends this process a signal after some iterations."""
+
+    def __init__(self, number: int, after: int) -> None:
+        self.number, self.left = number, after
+
+    def __call__(self, row: Row, total: int) -> None:
+        """Count an iteration."""
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_is_gone_on_with(
+    number: int,
+    code: int,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After 5 of 6 iterations, in the second run: the line that is printed leads to the same runs
+    and numbers as an uninterrupted benchmark, and what was done is not done again."""
+    file = write(Path("small file.yaml"), candidates=[])
+    words = [file, "--methods", "maml", "pretrained", "--seeds", "3", "--out", "my out", "--quiet"]
+    with monkeypatch.context() as patch:
+        watch = Interrupting(number, after=5)
+        patch.setattr(cli_tests, "watching", lambda console, quiet: nullcontext(watch))
+        assert run(["benchmark", *words]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "stopped after 3 of 4 iterations" in error
+    line = shlex.split(error.partition("Go on with: ")[2])
+    assert line == ["maml-rl", "benchmark", *words]
+    out = Path("my out")
+    before = written(out / "maml-seed3")
+    assert not (out / "evaluation.csv").exists()
+    assert run(line[1:]) == 0
+    assert written(out / "maml-seed3") == before
+    for method in ("maml", "pretrained"):
+        one = f"{method}-seed3"
+        assert parameters(out / one) == parameters(whole / one)
+        assert rows(out / one) == rows(whole / one)
+        mine = {"method": method, "seed": "3", "step_size": str(STEP_SIZES[method])}
+        expected = [r for r in table(whole) if r.items() >= mine.items()]
+        assert [r for r in table(out) if r["method"] == method] == expected
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "code", "where"),
+    [(KeyboardInterrupt, 130, "choose_step_sizes"), (Terminated, 143, "outcomes_with")],
+)
+def test_an_interrupted_test_is_gone_on_with(
+    interrupt: type[KeyboardInterrupt],
+    code: int,
+    where: str,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where no training runs a signal is an exception; the line is the same."""
+
+    def stop(*arguments: object) -> None:
+        raise interrupt
+
+    given = ["--methods", "random", "--seeds", "3", "--reuse", str(whole / "random-seed3")]
+    monkeypatch.setattr(cli_tests, where, stop)
+    file = write(Path("b.yaml"), candidates=[])
+    assert run(["benchmark", file, *given, "--quiet"]) == code
+    line = capsys.readouterr().err.partition("Go on with: ")[2]
+    assert shlex.split(line) == ["maml-rl", "benchmark", file, *given, "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "complaint"),
+    [
+        ({"sead": [0]}, [], "did you mean 'seeds'"),
+        ({}, ["--sampling.task", "3"], "did you mean 'sampling.tasks'"),
+        ({"settings": {"sampling": {"task": 3}}}, [], "did you mean 'sampling.tasks'"),
+        ({"settings": {"seed": 3}}, [], "seed of the experiment is set by the benchmark's seeds"),
+        ({"settings": {"name": "x"}}, [], "name of the experiment is set by the benchmark's name"),
+        ({}, ["--seed", "3"], "seed of the experiment is set by the benchmark's seeds"),
+        ({"settings": 3}, [], "settings must hold settings of the experiment"),
+        ({"experiment": "navigaton"}, [], "did you mean 'navigation'"),
+        ({}, ["--adaptation.inner-steps", "0"], "adaptation.inner_steps must be at least 1"),
+        ({"settings": {"policy": {"observe_task": True}}}, [], "policy.observe_task False"),
+        ({"methods": []}, [], "methods must not be empty"),
+        ({}, ["--seeds", "1", "1"], "seeds must all be different, got [1, 1]"),
+        ({}, ["--seeds", "-1"], "seed must be between 0 and 2^63 - 1, got -1"),
+        (
+            {},
+            ["--candidates", "-0.5", "0.1"],
+            "candidates must be above 0 and at most 1e+06",
+        ),
+        ({}, ["--candidates", "0.1", "nan"], "candidates must be above 0 and at most 1e+06"),
+        ({"pretrained_step_size": -0.1}, [], "pretrained_step_size must be above 0"),
+        ({}, ["--random-step-size", "inf"], "random_step_size must be above 0"),
+        ({"iterations": 0}, [], "iterations must be at least 1, got 0"),
+        ({"iterations": 10**9}, [], "iterations must be at most 1000000000"),
+        ({"validation_tasks": 0}, [], "validation_tasks must be between 1 and 100000, got 0"),
+        ({}, ["more"], "more"),
+        ({}, ["--reuse", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_trained(
+    changed: dict[str, object],
+    words: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On stderr, exit 2, before anything is begun."""
+    assert run(["benchmark", write(Path("b.yaml"), **changed), *words]) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert [p.name for p in Path().iterdir()] == ["b.yaml"]
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """None at all, a wrong name, an experiment's."""
+    for words, complaint in (
+        ([], "expected FILE first"),
+        (["benchmark_navigatio"], "did you mean 'benchmark_navigation'"),
+        (["b.yaml"], "there is no benchmark file 'b.yaml'"),
+    ):
+        assert run(["benchmark", *words]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error
+        assert error.count("\n") == 1
+
+
+def test_runs_of_something_else_are_refused(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given or at their place: other settings, another seed, twice, too few or too many
+    iterations."""
+    maml, oracle = str(whole / "maml-seed3"), str(whole / "oracle-seed3")
+    shutil.copytree(whole / "maml-seed3", "copy")
+    there = ["--out", str(whole), "--seeds", "3", "--methods", "maml"]
+    file = write(Path("b.yaml"))
+    for words, complaint in (
+        ([*there, "--sampling.tasks", "5"], "sampling.tasks 4 -> 5"),
+        ([*there, "--policy.layers", "9"], "maml-seed3 was trained with other settings"),
+        ([*there, "--iterations", "1"], "is to be trained for 2 iterations, and the benchmark w"),
+        (["--seeds", "0", "--reuse", maml], "is maml, seed 3, which this benchmark has not"),
+        (["--methods", "maml", "--reuse", maml, oracle], "is oracle, seed 3, which this benchmark"),
+        (["--reuse", maml, "copy"], f"{maml} and copy are both maml, seed 3"),
+        (["--iterations", "3", "--reuse", maml], "has done 2 iterations, and the benchmark want"),
+        (["--family.horizon", "7", "--reuse", oracle], "family.horizon 6 -> 7"),
+        (["--out", "b.yaml", "--quiet"], "b.yaml"),
+    ):
+        assert run(["benchmark", file, *words]) == 2, words
+        printed = capsys.readouterr()
+        assert complaint in printed.err, words
+        assert printed.err.count("\n") == 1
+        assert printed.out == ""
+    assert sorted(p.name for p in Path().iterdir()) == ["b.yaml", "copy"]
+
+
+def test_settings_on_the_command_line_win(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over the file's, which win over the experiment's; those of the benchmark likewise."""
+    seen: list[tuple[Benchmark, Experiment[TaskFamily]]] = []
+
+    def stop(benchmark: Benchmark, base: Experiment[TaskFamily], out: Path) -> None:
+        seen.append((benchmark, base))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_tests, "plan", stop)
+    words = ["--family.goal-range", "0.4", "--sampling.tasks", "6", "--candidates", "0.7", "0.9"]
+    assert run(["benchmark", write(Path("b.yaml")), *words, "--iterations", "9"]) == 130
+    ((found, base),) = seen
+    assert (found.candidates, found.iterations, found.seeds) == ((0.7, 0.9), 9, (3, 1))
+    assert base.family == replace(
+        load_experiment("navigation").family, horizon=6, **{"goal_radius": 0.0, "goal_range": 0.4}
+    )
+    assert (base.sampling.tasks, base.sampling.episodes, base.sampling.count) == (6, 3, "steps")
+    assert base.adaptation.step_size == 0.5
