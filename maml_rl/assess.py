@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from envs.family import TaskFamily
@@ -13,7 +12,8 @@ from maml_rl.comparison import ORACLE, Outcome
 from maml_rl.config import Experiment, as_tree
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped
-from maml_rl.evaluate import Evaluation, evaluate
+from maml_rl.evaluate import Evaluation, EvaluationSettings, evaluate
+from maml_rl.maml import AdaptationSettings
 from maml_rl.memory import check_memory, memory_to_sample
 from maml_rl.plain_yaml import leaves
 from maml_rl.runs import RunFolder
@@ -107,7 +107,7 @@ def words_for(family: TaskFamily, other: TaskFamily) -> str:
         return family.name
     differing = [
         f"{item.name} {getattr(family, item.name)}"
-        for item in dataclasses.fields(family)
+        for item in fields(family)
         if item.name not in family.training_fields
         and getattr(family, item.name) != getattr(other, item.name)
     ]
@@ -134,7 +134,7 @@ def told_apart(subjects: Sequence[Subject]) -> list[Subject]:
     for s, kind in zip(subjects, kinds, strict=True):
         rivals = [name for other, name in names.items() if other[0] == s.method]
         clear = names[kind] if rivals.count(names[kind]) == 1 else str(s.path)
-        result.append(dataclasses.replace(s, variant=clear if len(rivals) > 1 else ""))
+        result.append(replace(s, variant=clear if len(rivals) > 1 else ""))
     return result
 
 
@@ -143,29 +143,28 @@ def evaluate_policy(
     *,
     tasks: TaskSet | None = None,
     step_size: float | None = None,
-    steps: int | None = None,
-    episodes: int | None = None,
     see: Callable[[Episodes], object] = lambda _: None,
 ) -> Evaluation:
-    """Test a policy by its experiment's evaluation settings, or others given here.
+    """Test a policy by its experiment's evaluation settings.
 
     Args:
         trained: the policy.
         tasks: to use in place of the test tasks.
         step_size: of the first update, in place of alpha.
-        steps: gradient steps.
-        episodes: for every figure and every update.
         see: is given the episodes of each step.
 
     Raises:
-        InputError: for a setting out of its range.
+        InputError: for a step size out of its range.
         BrokenDown: if an adapted policy's action is not finite.
         RunStopped: if memory does not suffice.
     """
-    experiment = with_settings(trained.experiment, step_size, steps, episodes)
+    experiment = trained.experiment
+    settings, adaptation = experiment.evaluation, experiment.adaptation
     if tasks is not None:
-        settings = dataclasses.replace(experiment.evaluation, tasks=len(tasks.tasks))
-        experiment = dataclasses.replace(experiment, evaluation=settings)
+        settings = replace(settings, tasks=len(tasks.tasks))
+        experiment = replace(experiment, evaluation=settings)
+    if step_size is not None:
+        adaptation = with_step_size(adaptation, step_size)
     check_memory(experiment, "evaluation")
     try:
         with memory_to_sample(experiment, "evaluation"):
@@ -173,8 +172,8 @@ def evaluate_policy(
                 trained.policy,
                 trained.params,
                 experiment.family,
-                settings=experiment.evaluation,
-                adaptation=experiment.adaptation,
+                settings=settings,
+                adaptation=adaptation,
                 advantages=experiment.advantages,
                 action_scale=experiment.policy.action_scale,
                 threads=experiment.threads,
@@ -186,36 +185,59 @@ def evaluate_policy(
         raise BrokenDown(f"the test was stopped: {error}", 3) from error
 
 
-def with_settings(
-    experiment: Experiment[TaskFamily],
-    step_size: float | None,
-    steps: int | None,
-    episodes: int | None,
-) -> Experiment[TaskFamily]:
-    """Return an experiment with other settings of its test, where they are given.
+def with_step_size(adaptation: AdaptationSettings, size: float) -> AdaptationSettings:
+    """Return settings of the inner step with another alpha.
 
     Raises:
-        InputError: for one out of its range.
+        InputError: if it is out of its range.
     """
-    given = {"steps": steps, "episodes": episodes}
-    changed = {name: value for name, value in given.items() if value is not None}
     try:
-        evaluation = dataclasses.replace(experiment.evaluation, **changed)
-        adaptation = experiment.adaptation
-        if step_size is not None:
-            adaptation = dataclasses.replace(adaptation, step_size=step_size)
+        return replace(adaptation, step_size=size)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return dataclasses.replace(experiment, evaluation=evaluation, adaptation=adaptation)
+
+
+def under_settings(
+    subjects: Sequence[Subject], settings: EvaluationSettings, *, oracle_steps: int = 0
+) -> list[Subject]:
+    """Return policies to be tested all by the same settings.
+
+    An oracle knows its task, and has nothing to learn of it: it takes no step unless told to.
+    """
+    result = []
+    for subject in subjects:
+        own = replace(settings, steps=oracle_steps) if subject.method == ORACLE else settings
+        experiment = replace(subject.trained.experiment, evaluation=own)
+        result.append(replace(subject, trained=replace(subject.trained, experiment=experiment)))
+    return result
+
+
+def outcome_of(subject: Subject, tasks: TaskSet, step_size: float | None = None) -> Outcome:
+    """Test one policy by its experiment's settings.
+
+    Args:
+        subject: whose policy.
+        tasks: which it meets.
+        step_size: of the first update; by default alpha.
+
+    Raises:
+        InputError: for a step size out of its range.
+        RunStopped: if the test cannot be done.
+    """
+    alpha = subject.trained.experiment.adaptation.step_size
+    return Outcome(
+        subject.method,
+        subject.variant,
+        subject.seed,
+        alpha if step_size is None else step_size,
+        tasks.source,
+        evaluate_policy(subject.trained, tasks=tasks, step_size=step_size),
+        subject.family.outside_training(tasks.tasks),
+    )
 
 
 def outcomes_of(
-    subjects: Sequence[Subject],
-    *,
-    tasks: TaskSet,
-    step_sizes: Sequence[float] = (),
-    steps: int | None = None,
-    episodes: int | None = None,
+    subjects: Sequence[Subject], tasks: TaskSet, step_sizes: Sequence[float] = ()
 ) -> list[Outcome]:
     """Test policies on the same tasks, with the same episodes' randomness for each.
 
@@ -223,31 +245,19 @@ def outcomes_of(
         subjects: whose policies.
         tasks: which every one of them meets.
         step_sizes: of the first update, to be tried one after the other; each run's own if empty.
-        steps: gradient steps; by default as the first's experiment says, and none for an oracle.
-        episodes: for every figure and update, likewise.
 
     Raises:
-        InputError: for a setting out of its range.
+        InputError: for a step size out of its range.
         RunStopped: if a test cannot be done.
     """
-    repeated = sorted({size for size in step_sizes if step_sizes.count(size) > 1})
-    if repeated:
-        raise InputError(f"step size {repeated[0]:g} is given twice")
-    first = subjects[0].trained.experiment.evaluation
+    for size in step_sizes:
+        with_step_size(subjects[0].trained.experiment.adaptation, size)
+        if step_sizes.count(size) > 1:
+            raise InputError(f"step size {size:g} is given twice")
     result = []
     for subject in subjects:
-        alpha = subject.trained.experiment.adaptation.step_size
-        # An oracle knows its task, and has nothing to learn of it.
-        taken = (0 if subject.method == ORACLE else first.steps) if steps is None else steps
-        # Without a step its size means nothing.
-        for size in step_sizes if taken and step_sizes else [alpha]:
-            evaluation = evaluate_policy(
-                subject.trained,
-                tasks=tasks,
-                step_size=size,
-                steps=taken,
-                episodes=first.episodes if episodes is None else episodes,
-            )
-            who = (subject.method, subject.variant, subject.seed)
-            result.append(Outcome(*who, size, tasks.source, evaluation))
+        # Without a gradient step its size means nothing.
+        steps = subject.trained.experiment.evaluation.steps
+        sizes: Sequence[float | None] = step_sizes if steps and step_sizes else [None]
+        result += [outcome_of(subject, tasks, size) for size in sizes]
     return result

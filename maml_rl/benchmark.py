@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,16 +30,18 @@ from maml_rl.assess import (
     Subject,
     evaluate_policy,
     load_subject,
-    outcomes_of,
+    outcome_of,
 )
 from maml_rl.comparison import ORACLE, Outcome
 from maml_rl.config import Experiment, experiment_type, experiment_words, find_experiment
-from maml_rl.errors import InputError, refusal
+from maml_rl.errors import InputError, RunStopped, RunWarning, refusal
 from maml_rl.plain_yaml import leaves, read_yaml
 from maml_rl.runs import RunFolder
 from maml_rl.settings import (
     HELP,
+    Setting,
     as_flags,
+    check_keys,
     checked_settings,
     flag_values,
     normal_flag,
@@ -119,6 +122,10 @@ class Planned:
         return f"{self.method}, seed {self.experiment.seed}"
 
 
+SWITCH = Setting(bool, required=False)
+"""What a flag of the command counts as where only its name matters."""
+
+
 class Words(NamedTuple):
     """What a benchmark's file and the command line say, sorted but not yet parsed."""
 
@@ -159,6 +166,10 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
             where = ours if known else theirs if word.startswith("--") else where
         where.append(word)
     in_file = checked_settings(settings, tree, str(file), ours, ignored=ignored)
+    sections = {item.name for item in fields(Experiment)}
+    for path, _ in flag_values(theirs):
+        if path.partition(".")[0] not in sections:
+            check_keys([path], settings | dict.fromkeys(ignored, SWITCH), "command line")
     for path in (*dict(leaves(overrides)), *(path for path, _ in flag_values(theirs))):
         if path in ("name", "seed", "iterations"):
             instead = {"seed": "seeds"}.get(path, path)
@@ -186,12 +197,19 @@ def base_experiment(benchmark: Benchmark, words: Words, file: Path) -> Experimen
 
 
 def merged(tree: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
-    """Return nested mappings in which the second's values stand in place of the first's."""
-    result = dict(tree)
-    for key, value in over.items():
-        below = result.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        result[key] = merged(below, value) if both else value  # type: ignore[arg-type]  # both
+    """Return nested mappings in which the second's values stand in place of the first's.
+
+    Either may write a path with dots, as in `sampling.tasks: 4`.
+    """
+    result: dict[str, Any] = {}
+    for path, value in (*leaves(tree), *leaves(over)):
+        *sections, name = path.split(".")
+        where = result
+        for section in sections:
+            if not isinstance(where.get(section), dict):
+                where[section] = {}
+            where = where[section]
+        where[name] = value
     return result
 
 
@@ -202,6 +220,8 @@ def plan(benchmark: Benchmark, base: Experiment[TaskFamily], out: Path) -> list[
         InputError: if a setting that follows from the benchmark is out of its range.
     """
     total = base.iterations if benchmark.iterations is None else benchmark.iterations
+    if total < 1:
+        raise InputError(f"iterations must be at least 1, got {total}")
     # As many batches as maml draws, so as many control steps.
     batches = total * (base.adaptation.inner_steps + 1)
     plain = replace(base.adaptation, inner_steps=0)
@@ -256,23 +276,30 @@ def check_plan(planned: Sequence[Planned], given: Sequence[Path]) -> dict[str, P
             )
         found[who] = path
     for one in planned:
-        if one.name not in found and (one.path / "config.yaml").is_file():
+        if one.name in found:
+            continue
+        if (one.path / "config.yaml").is_file():
             check_same(one, one.path)
+        else:
+            RunFolder.check_free(one.path)
     return found
 
 
 def check_same(one: Planned, path: Path) -> None:
     """Raise InputError where a run folder was trained with other settings than are planned."""
     there = experiment_of(RunFolder.open(path))
-    if changed := differing(there, one.experiment, NOT_OF_THE_RUN):
+    ours = one.experiment
+    if there.seed != ours.seed:
+        raise InputError(f"{path} has seed {there.seed}, and {one.name} is to be there")
+    if changed := differing(there, ours, NOT_OF_THE_RUN):
         raise InputError(
             f"{path} was trained with other settings than the benchmark's for {one.name}: "
             f"{changed}; choose another folder with --out DIR"
         )
-    if there.iterations > one.experiment.iterations:
+    if there.iterations > ours.iterations:
         raise InputError(
             f"{path} is to be trained for {there.iterations} iterations, and the benchmark wants "
-            f"{one.experiment.iterations}"
+            f"{ours.iterations}"
         )
 
 
@@ -366,21 +393,41 @@ def validated(runs: Sequence[Subject], size: float, tasks: TaskSet) -> float:
     return float(sum(returns) / len(returns))
 
 
+def tasks_to_test(benchmark: Benchmark, base: Experiment[TaskFamily]) -> TaskSet:
+    """Return the tasks that every method meets.
+
+    Raises:
+        FamilyError: if the paper has none for this family.
+    """
+    if benchmark.tasks == "paper":
+        return papers_own(base.family)
+    return held_out(base.family, base.evaluation.tasks)
+
+
 def outcomes_with(
-    benchmark: Benchmark, subjects: Sequence[Subject], sizes: Mapping[str, StepSizes]
+    tasks: TaskSet, subjects: Sequence[Subject], sizes: Mapping[str, StepSizes]
 ) -> list[Outcome]:
     """Test every policy: the oracle before any step, the others with each of their step sizes.
 
+    Where a step size breaks a method, that is told in a RunWarning, and it is left out.
+
     Raises:
-        InputError: for tasks that the family cannot give.
         RunStopped: if a test cannot be done.
     """
-    family, settings = subjects[0].family, subjects[0].trained.experiment.evaluation
-    tasks = papers_own(family) if benchmark.tasks == "paper" else held_out(family, settings.tasks)
     outcomes: list[Outcome] = []
-    for subject in subjects:
-        chosen = sizes.get(subject.method)
-        tried = [] if chosen is None else [s for s in (chosen.own, chosen.best) if s is not None]
+    for method in dict.fromkeys(subject.method for subject in subjects):
+        chosen = sizes.get(method)
+        tried: list[float | None] = [None] if chosen is None else [chosen.own, chosen.best]
         # Each once, where the best is the paper's.
-        outcomes += outcomes_of([subject], tasks=tasks, step_sizes=list(dict.fromkeys(tried)))
+        for size in dict.fromkeys(s for s in tried if chosen is None or s is not None):
+            try:
+                outcomes += [outcome_of(s, tasks, size) for s in subjects if s.method == method]
+            except BrokenDown as error:
+                warnings.warn(
+                    f"{method} with step size {size:g} is left out: {error}",
+                    RunWarning,
+                    stacklevel=2,
+                )
+    if not outcomes:
+        raise RunStopped("every method broke down in its test", 3)
     return outcomes

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from envs import TaskFamily
-from maml_rl.assess import Subject, load_subject, load_subjects, outcomes_of
+from maml_rl.assess import Subject, load_subject, load_subjects, outcomes_of, under_settings
 from maml_rl.benchmark import (
     Benchmark,
     base_experiment,
@@ -24,6 +24,7 @@ from maml_rl.benchmark import (
     outcomes_with,
     plan,
     progress,
+    tasks_to_test,
     train_planned,
 )
 from maml_rl.cli_shared import Importing, RunOptions, going_on, split_target
@@ -120,44 +121,36 @@ def report_run(console: Console, run: Path, quiet: bool) -> None:
     """Test a run that has just been trained, by its experiment's own settings."""
     subjects = load_subjects([run])
     settings = subjects[0].trained.experiment.evaluation
-    outcomes = outcomes_of(subjects, tasks=held_out(subjects[0].family, settings.tasks))
+    subjects = under_settings(subjects, settings)
+    outcomes = outcomes_of(subjects, held_out(subjects[0].family, settings.tasks))
     folder = results_folder([run], None)
     report_results(console, subjects, outcomes, folder, quiet=quiet, notes=NEWEST)
 
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl evaluate`."""
-    options = parse_with_tyro(EvaluateOptions, joined(words, "task"), "maml-rl evaluate")
+    options = parse_with_tyro(EvaluateOptions, words, "maml-rl evaluate")
     if not options.run:
         raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
     with Importing(options.allow_import):
         subjects = load_subjects(options.run, options.checkpoint)
         first = subjects[0].trained.experiment
-        tasks = wanted_tasks(options, first.family, first.evaluation.tasks)
-        outcomes = outcomes_of(
-            subjects,
-            tasks=tasks,
-            step_sizes=options.step_size,
-            steps=options.steps,
-            episodes=options.episodes,
-        )
+        given = {"steps": options.steps, "episodes": options.episodes}
+        try:
+            settings = dataclasses.replace(
+                first.evaluation, **{k: v for k, v in given.items() if v is not None}
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        subjects = under_settings(subjects, settings, oracle_steps=options.steps or 0)
+        tasks = wanted_tasks(options, first.family, settings.tasks)
+        outcomes = outcomes_of(subjects, tasks, options.step_size)
         folder = results_folder(options.run, options.out)
         notes = {"checkpoint": options.checkpoint}
         scores = report_results(
             console, subjects, outcomes, folder, quiet=options.quiet, notes=notes
         )
         draw_figures(console, folder, subjects, outcomes, scores, options.quiet)
-
-
-def joined(words: Sequence[str], flag: str) -> list[str]:
-    """Return words with each value of a flag joined to it, since "-0.3,-0.2" looks like a flag."""
-    result: list[str] = []
-    for word in words:
-        if result and result[-1] == f"--{flag}":
-            result[-1] += f"={word}"
-        else:
-            result.append(word)
-    return result
 
 
 def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> TaskSet:
@@ -230,9 +223,10 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
                 if one.name not in given:
                     with watching(console, options.quiet) as watch:
                         train_planned(one, watch)
-            subjects = [load_subject(given.get(one.name, one.path)) for one in planned]
+            loaded = [load_subject(given.get(one.name, one.path)) for one in planned]
+            subjects = under_settings(loaded, base.evaluation)
             sizes = choose_step_sizes(benchmark, subjects, say)
-            outcomes = outcomes_with(benchmark, subjects, sizes)
+            outcomes = outcomes_with(tasks_to_test(benchmark, base), subjects, sizes)
         folder = results_folder([], out)
         notes = {
             **NEWEST,

@@ -42,6 +42,8 @@ class Outcome:
     source: str
     """Where the tasks come from; see `TaskSet.source`."""
     evaluation: Evaluation
+    outside_training: npt.NDArray[np.bool_]
+    """(T,): which of the tasks its training never draws."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
                 source,
                 tuple(seeds),
                 returns.shape[2],
-                int(family.outside_training(runs[0].evaluation.tasks).sum()),
+                int(runs[0].outside_training.sum()),
                 runs[0].evaluation.episodes,
                 tuple(
                     score_step(runs, returns, step, family, oracle) for step in range(len(returns))

@@ -75,7 +75,7 @@ def draw(
 
     Args:
         folder: where to; pictures of a test before are replaced.
-        subjects: the policies tested, of one family.
+        subjects: the policies tested, of one family, with the settings of the test.
         outcomes: their tests.
         scores: what those come to.
 
@@ -409,8 +409,6 @@ def trajectories_figure(subjects: Sequence[Subject], outcomes: Sequence[Outcome]
         subject.trained,
         tasks=TaskSet(outcome.source, goals),
         step_size=outcome.step_size,
-        steps=len(found.returns) - 1,
-        episodes=found.episodes,
         see=seen.append,
     )
     # The same for all, and square.

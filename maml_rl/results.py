@@ -95,7 +95,6 @@ def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[st
     measures = [c.name for c in family.measure_columns]
     for one in tested:
         found = one.evaluation
-        outside = family.outside_training(found.tasks)
         for step, returns in enumerate(found.returns):
             for task, value in enumerate(returns):
                 numbers = zip(columns, found.tasks[task].tolist(), strict=True)
@@ -115,7 +114,7 @@ def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[st
                     "step_size": one.step_size,
                     "variant": one.variant,
                     "tasks": one.source,
-                    "outside_training": int(outside[task]),
+                    "outside_training": int(one.outside_training[task]),
                 }
 
 

@@ -86,8 +86,9 @@ class RunFolder:
     def check_free(cls, path: Path) -> None:
         """Raise InputError where `path` cannot become a new run folder."""
         try:
-            if path.exists() and not path.is_dir():
-                raise InputError(f"{path} is a file; choose another folder with --out DIR")
+            above = next(p for p in (path, *path.absolute().parents) if p.exists())
+            if not above.is_dir():
+                raise InputError(f"{above} is a file; choose another folder with --out DIR")
             if path.is_dir() and not is_unused(path):
                 user = holder(path)
                 what = f"is in use by {user}" if user else "exists and is not empty"

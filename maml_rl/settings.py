@@ -131,6 +131,8 @@ def expectation(kind: object) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arms))}"
     if origin is tuple and arms:
+        if get_origin(arms[0]) is Literal:
+            return f"a list of {', '.join(map(str, get_args(arms[0])))}"
         count = "" if arms[-1] is ... else f"{len(arms)} "
         return f"a list of {count}{EXPECTATIONS.get(arms[0], ('', 'values'))[1]}"
     return EXPECTATIONS.get(kind, (str(kind), ""))[0]
@@ -171,7 +173,13 @@ def check_value(path: str, value: object, kind: object, source: str) -> None:
         )
     if not fits(value, kind):
         choices = [str(c) for arm in (kind, *get_args(kind)) for c in get_args(arm)]
-        near = difflib.get_close_matches(value if isinstance(value, str) else "", choices, n=1)
+        wrong = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+        near = [
+            match
+            for word in wrong
+            if word not in choices
+            for match in difflib.get_close_matches(word, choices, n=1)
+        ]
         hint = f"; did you mean {near[0]!r}?" if near else ""
         got = "null" if value is None else repr(value) if isinstance(value, str) else str(value)
         raise refusal(f"{source}: {path} must be {expectation(kind)}, got {got}{hint}")

@@ -103,7 +103,10 @@ def parse_task(family: TaskFamily, text: str) -> Tasks:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         names = ", ".join(f"{c.name} ({c.unit})" for c in family.task_columns)
-        raise FamilyError(f"{family.name}: a task is {names}, such as 0.5; got {text!r}") from error
+        example = ",".join(["0.5"] * len(family.task_columns))
+        raise FamilyError(
+            f"{family.name}: a task is {names}, such as {example}; got {text!r}"
+        ) from error
     return family.check_task(numbers)
 
 

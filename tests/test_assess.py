@@ -25,6 +25,7 @@ from maml_rl.assess import (
     load_subjects,
     method_of,
     told_apart,
+    under_settings,
 )
 from maml_rl.cli import run
 from maml_rl.config import load_experiment
@@ -39,6 +40,7 @@ RUNS: dict[str, dict[str, object]] = {
     "meta-seed1": {"seed": 1},
     "wide-seed0": {"iterations": 1, "family__goal_range": 0.9, "evaluation__episodes": 2},
     "told": {"iterations": 1, "adaptation__inner_steps": 0, "policy__observe_task": True},
+    "later-seed7": {"iterations": 0, "seed": 7, "evaluation__later_step_scale": 0.001},
     "plain": {"iterations": 1, "adaptation__inner_steps": 0},
     "fresh": {"iterations": 0},
     "longer": {"iterations": 0, "family__horizon": 7},
@@ -197,7 +199,8 @@ def test_episodes_are_of_the_stream_that_the_tasks_name(stream: int) -> None:
     """Step 0 by the sampler alone: seeds (stream, TEST_SEED, 0, 0), whatever the tasks."""
     trained = loaded(Path("fresh")).trained
     goals = np.array([[0.3, -0.1], [0.2, 0.4]], np.float32)
-    found = evaluate_policy(trained, tasks=TaskSet("mine", goals, stream), steps=0, episodes=3)
+    found = evaluate_policy(trained, tasks=TaskSet("mine", goals, stream))
+    assert found.episodes == 3
     with Sampler(trained.experiment.family, trained.policy, tasks=2, episodes=3) as sampler:
         seeds = task_seeds(stream, TEST_SEED, 0, 0, 2)
         episodes = sampler.sample(broadcast(trained.params, 2), torch.from_numpy(goals), seeds)
@@ -242,6 +245,17 @@ def test_the_first_runs_settings_hold_for_all(tmp_path: Path) -> None:
     assert returns_of(rows, variant="wide") == flat(by_hand("wide-seed0", tasks).returns)
     rows = evaluated(tmp_path / "b", "wide-seed0", "meta-seed0")
     assert set(column(rows, "episodes")) == {"2"}
+    # Each has its own range of goals, all the same.
+    rows = evaluated(tmp_path / "c", "meta-seed0", "wide-seed0", "--task", "0.7,0", "--steps", "0")
+    assert column(rows, "outside_training") == ["1", "0"]
+    # Step sizes after the first too.
+    rows = evaluated(tmp_path / "d", "fresh", "later-seed7", "--steps", "2")
+    later = loaded(Path("later-seed7"))
+    tasks = held_out(later.family, 2)
+    assert later.trained.experiment.evaluation.later_step_scale == 0.001
+    two = replace(loaded(Path("fresh")).trained.experiment.evaluation, steps=2)
+    expected = evaluate_policy(under_settings([later], two)[0].trained, tasks=tasks)
+    assert returns_of(rows, seed=7) == flat(expected.returns)
 
 
 def test_an_oracle_takes_no_step_unless_told_to(tmp_path: Path) -> None:
@@ -331,6 +345,8 @@ def test_an_earlier_checkpoint(tmp_path: Path) -> None:
         (["fresh", "--steps", "-1"], "steps must be at least 0, got -1"),
         (["fresh", "--step-size", "0"], "step_size must be finite and above 0, got 0"),
         (["fresh", "--step-size", "0.1", "-0.2"], "step_size must be finite and above 0, got -0.2"),
+        (["fresh", "--steps", "0", "--step-size", "-1"], "step_size must be finite and above 0"),
+        (["told", "--step-size", "nan"], "step_size must be finite and above 0, got nan"),
         (["fresh", "--step-size", "nan"], "step_size must be finite and above 0, got nan"),
         (["fresh", "--step-size", "0.1", "0.2", "0.10"], "step size 0.1 is given twice"),
         (["fresh", "--tasks", "paper", "--task", "0,0"], "--tasks paper and --task exclude"),

@@ -25,7 +25,7 @@ from envs.family import TaskFamily
 from maml_rl import benchmark as module
 from maml_rl import cli_tests
 from maml_rl.assess import Subject, load_subject
-from maml_rl.benchmark import Benchmark, choose_step_sizes, plan
+from maml_rl.benchmark import Benchmark, choose_step_sizes, merged, plan
 from maml_rl.cli import run
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
@@ -381,6 +381,12 @@ def test_an_interrupted_test_is_gone_on_with(
         ({"iterations": 0}, [], "iterations must be at least 1, got 0"),
         ({"iterations": 10**9}, [], "iterations must be at most 1000000000"),
         ({"validation_tasks": 0}, [], "validation_tasks must be between 1 and 100000, got 0"),
+        ({}, ["--candidate", "0.1"], "did you mean 'candidates'"),
+        (
+            {},
+            ["--methods", "mamll"],
+            "a list of maml, pretrained, oracle, random, got ['mamll']; d",
+        ),
         ({}, ["more"], "more"),
         ({}, ["--reuse", "nowhere"], "nowhere is not a run folder"),
     ],
@@ -420,6 +426,7 @@ def test_runs_of_something_else_are_refused(
     iterations."""
     maml, oracle = str(whole / "maml-seed3"), str(whole / "oracle-seed3")
     shutil.copytree(whole / "maml-seed3", "copy")
+    shutil.copytree(whole / "maml-seed3", "moved/maml-seed1")
     there = ["--out", str(whole), "--seeds", "3", "--methods", "maml"]
     file = write(Path("b.yaml"))
     for words, complaint in (
@@ -431,14 +438,15 @@ def test_runs_of_something_else_are_refused(
         (["--reuse", maml, "copy"], f"{maml} and copy are both maml, seed 3"),
         (["--iterations", "3", "--reuse", maml], "has done 2 iterations, and the benchmark want"),
         (["--family.horizon", "7", "--reuse", oracle], "family.horizon 6 -> 7"),
-        (["--out", "b.yaml", "--quiet"], "b.yaml"),
+        (["--out", "b.yaml"], "b.yaml"),
+        (["--out", "moved", "--seeds", "1", "--methods", "maml"], "moved/maml-seed1 has seed 3"),
     ):
         assert run(["benchmark", file, *words]) == 2, words
         printed = capsys.readouterr()
         assert complaint in printed.err, words
         assert printed.err.count("\n") == 1
         assert printed.out == ""
-    assert sorted(p.name for p in Path().iterdir()) == ["b.yaml", "copy"]
+    assert sorted(p.name for p in Path().iterdir()) == ["b.yaml", "copy", "moved"]
 
 
 def test_settings_on_the_command_line_win(
@@ -461,3 +469,55 @@ def test_settings_on_the_command_line_win(
     )
     assert (base.sampling.tasks, base.sampling.episodes, base.sampling.count) == (6, 3, "steps")
     assert base.adaptation.step_size == 0.5
+
+
+def test_evaluation_settings_are_the_benchmarks_and_not_each_runs(whole: Path) -> None:
+    """Runs that were trained with others are tested by what is asked for now, all by the same."""
+    words = ["--evaluation.steps", "1", "--evaluation.episodes", "4", "--evaluation.tasks", "2"]
+    reused = [str(p) for p in sorted(whole.iterdir()) if p.is_dir()]
+    file = write(Path("b.yaml"), candidates=[0.05])
+    assert run(["benchmark", file, "--out", "out", "--quiet", "--reuse", *reused, *words]) == 0
+    found = table(Path("out"))
+    assert {r["episodes"] for r in found} == {"4"}
+    assert {r["task"] for r in found} == {"0", "1"}
+    steps = {m: {r["gradient_steps"] for r in found if r["method"] == m} for m in METHODS}
+    assert steps == {m: {"0"} if m == "oracle" else {"0", "1"} for m in METHODS}
+
+
+def test_a_method_that_breaks_down_is_told_and_left_out(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its own step size; it stays with its best, and all else as it was."""
+    file = write(Path("b.yaml"), pretrained_step_size=HUGE, candidates=[0.05])
+    reused = [str(p) for p in sorted(whole.iterdir()) if p.is_dir()]
+    assert run(["benchmark", file, "--out", "out", "--quiet", "--reuse", *reused]) == 0
+    assert "pretrained with step size 1e+06 is left out: the test was" in capsys.readouterr().err
+    sizes = {(r["method"], r["step_size"]) for r in table(Path("out"))}
+    assert {s for m, s in sizes if m == "pretrained"} == {"0.05"}
+    assert {m for m, _ in sizes} == set(METHODS)
+
+
+def test_an_experiment_without_iterations_has_nothing_to_compare(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its own iterations count where the benchmark names none."""
+    Path("none.yaml").write_text("name: x\nfamily: {name: navigation}\niterations: 0\n")
+    file = write(Path("b.yaml"), experiment="none.yaml", iterations=None)
+    assert run(["benchmark", file]) == 2
+    assert "iterations must be at least 1, got 0" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_settings_may_be_written_with_dots() -> None:
+    """In the benchmark's file or the experiment's; the benchmark's win."""
+    nested = {"sampling": {"tasks": 2, "episodes": 3}, "iterations": 4}
+    assert merged(nested, {"sampling.tasks": 5, "policy": {"layers": [1]}}) == {
+        "sampling": {"tasks": 5, "episodes": 3},
+        "iterations": 4,
+        "policy": {"layers": [1]},
+    }
+    dotted = {"sampling.tasks": 2, "policy": {}}
+    assert merged(dotted, {"sampling": {"tasks": 5}, "policy": {"layers": [1]}}) == {
+        "sampling": {"tasks": 5},
+        "policy": {"layers": [1]},
+    }

@@ -25,11 +25,13 @@ def outcome(
     step_size: float = 0.5,
     source: str = "test",
     tasks: np.ndarray = GOALS,
+    goal_range: float = 0.5,
 ) -> Outcome:
     """A test whose measure is a hundredth of its return."""
     array = np.array(returns)
+    outside = (np.abs(tasks) > goal_range).any(1)
     evaluation = Evaluation(tasks, array, array * 0 + 2.0, array[..., None] / 100, episodes=7)
-    return Outcome(method, variant, seed, step_size, source, evaluation)
+    return Outcome(method, variant, seed, step_size, source, evaluation, outside)
 
 
 def test_figures_by_hand() -> None:
@@ -111,7 +113,7 @@ def test_one_chosen_task_of_a_finite_family() -> None:
 
 def test_tasks_beyond_those_trained_on_are_counted() -> None:
     """Goals in a square of .3 m: two of four lie outside."""
-    (scores,) = compare([outcome([[1, 2, 3, 4]])], Navigation2D(horizon=6, goal_range=0.3))
+    (scores,) = compare([outcome([[1, 2, 3, 4]], goal_range=0.3)], NAVIGATION)
     assert scores.outside_training == 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -57,7 +56,7 @@ def run(
     step_size: float = 0.2,
     action_scale: float = 1.0,
     threads: int = 1,
-    tasks: npt.NDArray[np.float32] | None = None,
+    tasks: TaskSet | None = None,
 ) -> Evaluation:
     policy, theta = policy_of(family)
     return evaluate(

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402  # likewise
 
 from envs import HalfCheetahDir, HalfCheetahVel, Navigation2D, TaskFamily  # noqa: E402
 from maml_rl import figures  # noqa: E402
-from maml_rl.assess import Subject, load_subjects, outcomes_of  # noqa: E402
+from maml_rl.assess import Subject, load_subjects, outcomes_of, under_settings  # noqa: E402
 from maml_rl.cli import run  # noqa: E402
 from maml_rl.comparison import MethodScores, Outcome, compare  # noqa: E402
 from maml_rl.config import load_experiment  # noqa: E402
@@ -36,7 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
     told = {"adaptation__inner_steps": 0, "policy__observe_task": True, "iterations": 4}
     for name, changed in (("a-seed0", {}), ("a-seed1", {"seed": 1}), ("oracle-seed0", told)):
         meta_train(load_experiment("navigation", **{**SETTINGS, **changed}), out=folder / name)
-    return load_subjects(sorted(folder.iterdir()))
+    subjects = load_subjects(sorted(folder.iterdir()))
+    return under_settings(subjects, subjects[0].trained.experiment.evaluation)
 
 
 def outcome(
@@ -47,7 +48,7 @@ def outcome(
     returns = np.array(means, np.float64)[:, None] + (np.arange(40, dtype=np.float64) - 19.5)
     zeros = np.zeros((len(means), 40, len(family.measure_columns)))
     found = Evaluation(tasks, returns, returns * 0, zeros, 20)
-    return Outcome(method, "", 0, size, "paper", found)
+    return Outcome(method, "", 0, size, "paper", found, family.outside_training(tasks))
 
 
 def labels(axes: Axes) -> list[str]:
@@ -83,7 +84,7 @@ def test_every_figure_is_drawn_twice_and_the_same_again(
 ) -> None:
     """PNG and SVG of all four for navigation; the same numbers give the same bytes."""
     tasks = held_out(runs[0].family, 5)
-    outcomes = outcomes_of(runs, tasks=tasks)
+    outcomes = outcomes_of(runs, tasks)
     scores = compare(outcomes, runs[0].family)
     contents = []
     for name in ("first", "second"):
@@ -220,7 +221,7 @@ def test_learning_curves_are_the_metrics(runs: list[Subject]) -> None:
 
 def test_trajectories_start_at_the_start_and_belong_to_their_goal(runs: list[Subject]) -> None:
     """A row a goal, a column a step; every way begins at 0 and lies inside the square shown."""
-    outcomes = outcomes_of(runs, tasks=held_out(runs[0].family, 5))
+    outcomes = outcomes_of(runs, held_out(runs[0].family, 5))
     figure = figures.trajectories_figure(runs, outcomes)
     assert figure is not None
     assert len(figure.axes) == 3 * 2
@@ -241,7 +242,7 @@ def test_other_families_have_no_trajectories(tmp_path: Path) -> None:
     experiment = load_experiment("half_cheetah_dir", **{**SETTINGS, "iterations": 1})
     meta_train(experiment, out=tmp_path / "run")
     (subject,) = load_subjects([tmp_path / "run"])
-    outcomes = outcomes_of([subject], tasks=held_out(subject.family, 2))
+    outcomes = outcomes_of([subject], held_out(subject.family, 2))
     assert figures.trajectories_figure([subject], outcomes) is None
 
     class ThreeNumbers(Navigation2D):
