@@ -88,7 +88,8 @@ class RunFolder:
         try:
             above = next(p for p in (path, *path.absolute().parents) if p.exists())
             if not above.is_dir():
-                raise InputError(f"{above} is a file; choose another folder with --out DIR")
+                where = f"{path} cannot be made: " if above != path else ""
+                raise InputError(f"{where}{above} is a file; choose another folder with --out DIR")
             if path.is_dir() and not is_unused(path):
                 user = holder(path)
                 what = f"is in use by {user}" if user else "exists and is not empty"

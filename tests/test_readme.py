@@ -28,6 +28,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(p, comments=True)[1:] for p in parts if p.startswith("maml-rl ")]
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in an empty folder; training and speed with their scale cut by flags."""
     monkeypatch.chdir(tmp_path)
