@@ -181,6 +181,11 @@ class TaskFamily(ABC):
         return -np.ones(size), np.ones(size)
 
     @property
+    def protocol_name(self) -> str:
+        """Which physics, observation and noise returns are measured under; "" if of one kind."""
+        return str(getattr(self, "protocol", ""))
+
+    @property
     def episode_steps(self) -> int:
         """H, the horizon once decided."""
         return decided(self.horizon)

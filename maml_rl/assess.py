@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from envs.family import TaskFamily
-from maml_rl.comparison import ORACLE, Outcome
+from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method, Outcome
 from maml_rl.config import Experiment, as_tree
 from maml_rl.episodes import Episodes
-from maml_rl.errors import InputError, RunStopped
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation, EvaluationSettings, evaluate
 from maml_rl.maml import AdaptationSettings
 from maml_rl.memory import check_memory, memory_to_sample
 from maml_rl.plain_yaml import leaves
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import SamplingError
-from maml_rl.task_sets import TaskSet
+from maml_rl.task_sets import Tasks, TaskSet
 from maml_rl.trained import TrainedPolicy, experiment_of, restore
-
-MAML, PRETRAINED, RANDOM = "maml", "pretrained", "random"
-METHODS = (MAML, PRETRAINED, ORACLE, RANDOM)
-"""What a policy may be, in the order of tables and figures."""
 
 NOT_OF_THE_METHOD = re.compile(r"seed|name|device|threads|sampling\.tasks_at_once|evaluation\..*")
 """Settings that may differ between runs of one method: they change no expected return."""
@@ -33,7 +30,7 @@ class BrokenDown(RunStopped):
     """A test could not go on: an adapted policy's action was no number."""
 
 
-def method_of(experiment: Experiment[TaskFamily], iterations: int) -> str:
+def method_of(experiment: Experiment[TaskFamily], iterations: int) -> Method:
     """Return what a policy is called that was trained so for so many iterations."""
     if iterations == 0:
         return RANDOM
@@ -47,7 +44,7 @@ class Subject:
     """A policy to be tested, and what it is called."""
 
     trained: TrainedPolicy
-    method: str
+    method: Method
     path: Path
     """Its run folder."""
     iterations: int
@@ -117,14 +114,15 @@ def words_for(family: TaskFamily, other: TaskFamily) -> str:
 def told_apart(subjects: Sequence[Subject]) -> list[Subject]:
     """Return subjects, each with its folder's name as variant where a method has several settings.
 
-    Runs of the same settings and different seeds are one variant, named after the first.
+    Runs of the same settings and iterations and different seeds are one variant, named after the
+    first.
     """
     kinds: list[tuple[object, ...]] = []
     for s in subjects:
         tree = leaves(as_tree(s.trained.experiment))
         settings = [(k, str(v)) for k, v in tree if not NOT_OF_THE_METHOD.fullmatch(k)]
         seen = [k for k, other in zip(kinds, subjects, strict=False) if other.seed == s.seed]
-        kind: tuple[object, ...] = (s.method, *settings)
+        kind: tuple[object, ...] = (s.method, s.iterations, *settings)
         # The same seed again is no further seed, but a run of its own.
         kinds.append((*kind, sum(k[: len(kind)] == kind for k in seen)))
     names: dict[tuple[object, ...], str] = {}
@@ -222,7 +220,8 @@ def outcome_of(subject: Subject, tasks: TaskSet, step_size: float | None = None)
 
     Raises:
         InputError: for a step size out of its range.
-        RunStopped: if the test cannot be done.
+        BrokenDown: if an adapted policy's action is not finite.
+        RunStopped: if memory does not suffice.
     """
     alpha = subject.trained.experiment.adaptation.step_size
     return Outcome(
@@ -237,27 +236,73 @@ def outcome_of(subject: Subject, tasks: TaskSet, step_size: float | None = None)
 
 
 def outcomes_of(
-    subjects: Sequence[Subject], tasks: TaskSet, step_sizes: Sequence[float] = ()
+    subjects: Sequence[Subject], tasks: TaskSet, sizes: Mapping[str, Sequence[float]]
 ) -> list[Outcome]:
     """Test policies on the same tasks, with the same episodes' randomness for each.
+
+    Where a step size breaks a method's policies a RunWarning tells it, and it is left out.
 
     Args:
         subjects: whose policies.
         tasks: which every one of them meets.
-        step_sizes: of the first update, to be tried one after the other; each run's own if empty.
+        sizes: step sizes of the first update to be tried, by method; alpha where there are none.
 
     Raises:
-        InputError: for a step size out of its range.
-        RunStopped: if a test cannot be done.
+        InputError: for a step size out of its range, or given twice.
+        RunStopped: if no test can be done.
     """
-    for size in step_sizes:
-        with_step_size(subjects[0].trained.experiment.adaptation, size)
-        if step_sizes.count(size) > 1:
-            raise InputError(f"step size {size:g} is given twice")
-    result = []
-    for subject in subjects:
+    for method, given in sizes.items():
+        for size in given:
+            with_step_size(subjects[0].trained.experiment.adaptation, size)
+            if given.count(size) > 1:
+                raise InputError(f"step size {size:g} is given twice for {method}")
+    result: list[Outcome] = []
+    for method, variant in dict.fromkeys((s.method, s.variant) for s in subjects):
+        runs = [s for s in subjects if (s.method, s.variant) == (method, variant)]
         # Without a gradient step its size means nothing.
-        steps = subject.trained.experiment.evaluation.steps
-        sizes: Sequence[float | None] = step_sizes if steps and step_sizes else [None]
-        result += [outcome_of(subject, tasks, size) for size in sizes]
+        adapts = runs[0].trained.experiment.evaluation.steps > 0
+        tried: Sequence[float | None] = (sizes.get(method) if adapts else None) or [None]
+        for chosen in tried:
+            try:
+                result += [outcome_of(run, tasks, chosen) for run in runs]
+            except BrokenDown as error:
+                alpha = runs[0].trained.experiment.adaptation.step_size
+                warnings.warn(
+                    f"{method} with step size {alpha if chosen is None else chosen:g} is left "
+                    f"out: {error}",
+                    RunWarning,
+                    stacklevel=2,
+                )
+    if not result:
+        raise RunStopped("no policy could be tested: each broke down", 3)
     return result
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The episodes of some test tasks before and after each gradient step."""
+
+    outcome: Outcome
+    """The test that they are from."""
+    tasks: Tasks
+    """(T, P)."""
+    episodes: list[Episodes]
+    """Of T tasks, for each number of steps."""
+
+
+def ways_of(subjects: Sequence[Subject], outcomes: Sequence[Outcome], tasks: int) -> Ways:
+    """Return the episodes of a test's first tasks: of the first meta-policy, or else the first.
+
+    Args:
+        subjects: the policies, with the settings of the test.
+        outcomes: their tests.
+        tasks: how many.
+    """
+    tested = {(o.method, o.variant, o.seed): o for o in reversed(outcomes)}
+    able = [s for s in subjects if (s.method, s.variant, s.seed) in tested]
+    subject = next((s for s in able if s.method == MAML), able[0])
+    outcome = tested[subject.method, subject.variant, subject.seed]
+    first = TaskSet(outcome.source, outcome.evaluation.tasks[:tasks])
+    seen: list[Episodes] = []
+    evaluate_policy(subject.trained, tasks=first, step_size=outcome.step_size, see=seen.append)
+    return Ways(outcome, first.tasks, seen)

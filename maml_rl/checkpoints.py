@@ -114,7 +114,7 @@ def made_for(family: TaskFamily) -> Mapping[str, str | int]:
     """Return what must be equal for a policy of one family to be of use for another."""
     return {
         "family": family_name(family),
-        "protocol": getattr(family, "protocol", ""),
+        "protocol": family.protocol_name,
         "observations": len(family.observation_columns),
         "actions": len(family.action_columns),
     }

@@ -23,8 +23,8 @@ from rich.console import Console
 import envs
 from envs import TaskFamily
 from maml_rl import speed
+from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
 from maml_rl.cli_shared import Importing, RunOptions, Switch, command_line, going_on, split_target
-from maml_rl.cli_tests import benchmark_command, evaluate_command, report_run
 from maml_rl.config import (
     Experiment,
     experiment_type,
@@ -38,7 +38,7 @@ from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
-from maml_rl.settings import normal_flag, parse_with_tyro
+from maml_rl.settings import normal_flag, parse_options, parse_with_tyro
 from maml_rl.signals import exit_code
 from maml_rl.terminal import (
     Terminal,
@@ -165,7 +165,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
 def describe(experiment: Experiment[TaskFamily]) -> str:
     """Return in a sentence what is about to be trained."""
     family, sampling = experiment.family, experiment.sampling
-    protocol = getattr(family, "protocol", "")
+    protocol = family.protocol_name
     inner = experiment.adaptation.inner_steps
     return (
         f"Training {family.name}{f' ({protocol} protocol)' if protocol else ''}: "
@@ -177,7 +177,7 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
-    options = parse_with_tyro(ResumeOptions, words, "maml-rl resume")
+    options = parse_options(ResumeOptions, words, "maml-rl resume")
     line = command_line("resume", options.run, options)
     with Importing(options.allow_import), going_on(line, options.run):
         with watching(console, options.quiet) as watch:
@@ -187,13 +187,13 @@ def resume_command(words: Sequence[str], console: Console) -> None:
 
 def inspect_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl inspect`."""
-    options = parse_with_tyro(InspectOptions, words, "maml-rl inspect")
+    options = parse_options(InspectOptions, words, "maml-rl inspect")
     inspect_run(options.path, console)
 
 
 def replay_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl replay`."""
-    options = parse_with_tyro(ReplayOptions, words, "maml-rl replay")
+    options = parse_options(ReplayOptions, words, "maml-rl replay")
     with Importing(options.allow_import):
         dump = read_dump(options.dump)
         broken, family = dump.divergence, dump.experiment.family
@@ -224,14 +224,14 @@ def replay_command(words: Sequence[str], console: Console) -> None:
 
 def list_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl list`."""
-    parse_with_tyro(ListOptions, words, "maml-rl list")
+    parse_options(ListOptions, words, "maml-rl list")
     show_families(console)
     show_experiments(console)
 
 
 def speed_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl speed`."""
-    options = parse_with_tyro(SpeedOptions, words, "maml-rl speed")
+    options = parse_options(SpeedOptions, words, "maml-rl speed")
     if options.threads < 0:
         raise InputError(f"threads must be at least 0, got {options.threads}")
     if not 0 < options.scale <= 1:
@@ -282,6 +282,10 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupt:
         complain("interrupted")
         return exit_code(interrupt)
+    except BrokenPipeError:
+        # Whoever read what is printed, such as `head`, has enough; nor shall Python complain.
+        with suppress(BrokenPipeError):
+            sys.stdout.close()
     return 0
 
 

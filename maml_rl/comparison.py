@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +23,22 @@ from maml_rl.scores import (
     interval_over_tasks,
     share_worse,
 )
+from maml_rl.task_sets import CHOSEN
 
-ORACLE = "oracle"
-"""The method that knows its task, and whose return before any step is the gap's far side."""
+Method = Literal["maml", "pretrained", "oracle", "random"]
+METHODS: tuple[Method, ...] = get_args(Method)
+"""What a policy may be, in the order of tables and figures."""
+MAML, PRETRAINED, ORACLE, RANDOM = METHODS
+
+Key = tuple[str, str, float, str]
+"""What tells apart the rows of a comparison: method, variant, step size and source of tasks."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One policy's test."""
 
-    method: str
-    """maml, pretrained, oracle or random."""
+    method: Method
     variant: str
     """Tells apart runs of one method that were trained with different settings; often ""."""
     seed: int
@@ -45,6 +51,11 @@ class Outcome:
     outside_training: npt.NDArray[np.bool_]
     """(T,): which of the tasks its training never draws."""
 
+    @property
+    def key(self) -> Key:
+        """Whose seeds' tests are taken together."""
+        return self.method, self.variant, self.step_size, self.source
+
 
 @dataclass(frozen=True)
 class StepScores:
@@ -54,16 +65,18 @@ class StepScores:
     mean: float
     """Over tasks and runs, undiscounted return."""
     interval: tuple[float, float]
-    """95 %, of the mean, over tasks."""
+    """95 %, of the mean, over tasks; NaN for chosen tasks, which are no sample."""
+    by_seed: tuple[float, ...]
+    """Mean over tasks of each run."""
     sd_over_tasks: float
     interquartile_mean: float
     """Over tasks and runs."""
     interval_over_runs: tuple[float, float]
     """95 %, of the interquartile mean; NaN for a single run."""
     share_worse: float
-    """Share of tasks that got worse by adapting."""
+    """Share of tasks of all runs that got worse by adapting; NaN before any step."""
     gap_closed: float
-    """(R_k - R_0) / (oracle - R_0); NaN without an oracle above R_0."""
+    """(R_k - R_0) / (oracle - R_0); NaN before any step, and without one oracle above R_0."""
     measures: npt.NDArray[np.float64]
     """(Q,): the family's measures the wanted way, mean over tasks and runs."""
     by_task: Mapping[str, tuple[float, npt.NDArray[np.float64]]]
@@ -74,7 +87,7 @@ class StepScores:
 class MethodScores:
     """One method with one step size on one set of tasks."""
 
-    method: str
+    method: Method
     variant: str
     step_size: float
     source: str
@@ -88,9 +101,54 @@ class MethodScores:
     steps: tuple[StepScores, ...]
 
     @property
+    def key(self) -> Key:
+        """That of the tests it comes from."""
+        return self.method, self.variant, self.step_size, self.source
+
+    @property
     def name(self) -> str:
         """The method in words, with the variant where there are several."""
         return f"{self.method} ({self.variant})" if self.variant else self.method
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more one policy returns than another after as many gradient steps, task by task."""
+
+    method: MethodScores
+    """Whose return is taken off that of the first method."""
+    steps: int
+    mean: float
+    """Over tasks, of the runs' means."""
+    interval: tuple[float, float]
+    """95 %, over tasks: 0 outside of it, the two can be told apart."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What tests side by side come to."""
+
+    scores: list[MethodScores]
+    differences: list[Difference]
+    """Of the first method from each other one."""
+
+    @classmethod
+    def of(cls, tested: Sequence[Outcome], family: TaskFamily) -> Comparison:
+        """Score tests.
+
+        Raises:
+            InputError: if two runs of one method have the same seed, or were tested on other tasks.
+        """
+        scores = compare(tested, family)
+        return cls(scores, differences(tested, scores, family))
+
+
+def grouped(tested: Sequence[Outcome]) -> dict[Key, list[Outcome]]:
+    """Return the tests of each method's runs, in the order given."""
+    groups: dict[Key, list[Outcome]] = {}
+    for one in tested:
+        groups.setdefault(one.key, []).append(one)
+    return groups
 
 
 def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]:
@@ -99,25 +157,23 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
     Raises:
         InputError: if two runs of one method have the same seed, or were tested on other tasks.
     """
-    groups: dict[tuple[str, str, float, str], list[Outcome]] = {}
-    for one in tested:
-        groups.setdefault((one.method, one.variant, one.step_size, one.source), []).append(one)
-    # Before any step, so its step size does not matter; the last of several variants holds.
-    oracles = {
-        source: stack(runs)[0].mean()
-        for (method, _, _, source), runs in groups.items()
-        if method == ORACLE
-    }
+    groups = grouped(tested)
     scores = []
     for (method, variant, step_size, source), runs in groups.items():
         seeds = [run.seed for run in runs]
         if len(set(seeds)) < len(seeds):
             raise InputError(f"two runs of {method} have the same seed: {sorted(seeds)}")
-        oracle = float(oracles.get(source, math.nan))
+        # Before any step, so its step size does not matter; between two nobody can choose.
+        oracles = {
+            (key[1], float(stack(found)[0].mean()))
+            for key, found in groups.items()
+            if (key[0], key[3]) == (ORACLE, source)
+        }
+        oracle = oracles.pop()[1] if len(oracles) == 1 else math.nan
         returns = stack(runs)
         scores.append(
             MethodScores(
-                method,
+                runs[0].method,
                 variant,
                 step_size,
                 source,
@@ -131,6 +187,40 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
             )
         )
     return scores
+
+
+def differences(
+    tested: Sequence[Outcome], scores: Sequence[MethodScores], family: TaskFamily
+) -> list[Difference]:
+    """Return how much more the first method returns than each other that adapts.
+
+    All meet the same tasks, starts and noise, so the difference is known better than either.
+    """
+    groups = grouped(tested)
+    first = scores[0]
+    ours = stack(groups[first.key]).mean(1)
+    result = []
+    for other in scores[1:]:
+        if other.source != first.source:
+            continue
+        theirs = stack(groups[other.key]).mean(1)
+        # From the first step on; a policy that takes none stays what it is.
+        for step in range(1, len(first.steps)):
+            if len(theirs) == 1 or step < len(theirs):
+                values = ours[step] - theirs[min(step, len(theirs) - 1)]
+                found = interval(values, groups[first.key][0], family)
+                result.append(Difference(other, step, float(values.mean()), found))
+    return result
+
+
+def interval(
+    values: npt.NDArray[np.float64], one: Outcome, family: TaskFamily
+) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over the tasks (T,) of a test; NaN for chosen ones."""
+    if one.source == CHOSEN:
+        return math.nan, math.nan
+    masks = [mask for _, mask in one.evaluation.groups(family)]
+    return interval_over_tasks(values, [mask for mask in masks if mask.any()])
 
 
 def stack(runs: Sequence[Outcome]) -> npt.NDArray[np.float64]:
@@ -162,15 +252,19 @@ def score_step(
     groups = [(name, mask) for name, mask in first.groups(family) if mask.any()]
     now, before = returns[step], returns[0]
     measures = np.mean([run.evaluation.measures[step] for run in runs], axis=0)
+    means = now.mean(0)
     return StepScores(
         steps=step,
         mean=float(now.mean()),
-        interval=interval_over_tasks(now.mean(0), [mask for _, mask in groups]),
-        sd_over_tasks=float(now.mean(0).std()),
+        interval=interval(means, runs[0], family),
+        by_seed=tuple(now.mean(1).tolist()),
+        sd_over_tasks=float(means.std()),
         interquartile_mean=float(interquartile_mean(now.reshape(-1))),
         interval_over_runs=interval_over_runs(now),
-        share_worse=share_worse(before, now),
-        gap_closed=gap_closed(float(before.mean()), float(now.mean()), oracle),
+        share_worse=share_worse(before, now) if step else math.nan,
+        gap_closed=gap_closed(float(before.mean()), float(now.mean()), oracle)
+        if step
+        else math.nan,
         measures=measures.mean(0),
         by_task={
             name: (float(now[:, mask].mean()), measures[mask].mean(0)) for name, mask in groups

@@ -73,11 +73,7 @@ class Experiment(Generic[F]):
         Raises:
             InputError: naming the setting.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise InputError(
-                "name must be at most 100 letters, digits, '.', '_' and '-', beginning with a "
-                f"letter or digit, since a folder is named after it; got {self.name!r}"
-            )
+        check_name(self.name)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
         for name, least, most in (
@@ -90,6 +86,15 @@ class Experiment(Generic[F]):
                 raise InputError(f"{name} must be at least {least}, got {value}")
             if value > most:
                 raise InputError(f"{name} must be at most {most}, got {value}")
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless a folder may be called so."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            "name must be at most 100 letters, digits, '.', '_' and '-', beginning with a "
+            f"letter or digit, since a folder is named after it; got {name!r}"
+        )
 
 
 def observation_size(experiment: Experiment[TaskFamily]) -> int:

@@ -55,7 +55,7 @@ def show_experiments(console: Console) -> None:
 def other_protocols(family: TaskFamily, field: str, value: object) -> str:
     """Return what the other protocols decide for a field, in brackets, where it differs."""
     tables: Mapping[str, Mapping[str, object]] = getattr(family, "protocols", {})
-    own = getattr(family, "protocol", "")
+    own = family.protocol_name
     others = [
         f"{name}: {decided[field]}"
         for name, decided in tables.items()

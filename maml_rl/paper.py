@@ -11,7 +11,7 @@ import numpy as np
 import envs
 from envs.family import TaskFamily
 from maml_rl.config import shipped_folder
-from maml_rl.task_sets import PAPER, Tasks, held_out, papers_own
+from maml_rl.task_sets import PAPER, Tasks, papers_own
 
 
 class Point(NamedTuple):
@@ -40,12 +40,9 @@ def points_for(family: TaskFamily, tasks: Tasks) -> Mapping[str, list[Point]]:
     """Return the paper's points that returns on these tasks may be held against, by method.
 
     None unless family, protocol and every setting that returns depend on are the paper's, and the
-    tasks are its own or the test tasks of its range.
+    tasks are its own 40.
     """
     if family.name not in PAPER or not family.comparable(envs.make(family.name)):
         return {}
-    papers = envs.make(family.name)
-    known = (papers_own(papers).tasks, held_out(papers, len(tasks)).tasks)
-    if not any(np.array_equal(tasks, theirs) for theirs in known):
-        return {}
-    return paper_returns(family.name)
+    same = np.array_equal(tasks, papers_own(family).tasks)
+    return paper_returns(family.name) if same else {}

@@ -10,12 +10,13 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from envs.family import TaskFamily
 from maml_rl.assess import Subject
 from maml_rl.checkpoints import as_json
-from maml_rl.comparison import MethodScores, Outcome, StepScores
+from maml_rl.comparison import Comparison, Difference, MethodScores, Outcome, StepScores
 from maml_rl.config import family_name
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.runs import check_no_link, read_metrics, write_whole
@@ -24,19 +25,26 @@ from maml_rl.versions import versions
 Cell = str | int | float
 
 
-def results_folder(runs: Sequence[Path], out: Path | None) -> Path:
-    """Make the folder for a test's files: `out`, or `evaluation` in the run or beside the runs.
+def results_folder(runs: Sequence[Path], out: Path | None, *, usual: bool) -> Path:
+    """Make the folder for a test's files.
+
+    `out`, or else `evaluation` in the run or beside the first of several; where the test is not
+    the experiment's own, `evaluation-custom`, so that it does not take that one's place.
+
+    Args:
+        runs: those tested.
+        out: where the user wants it.
+        usual: whether the test is by the experiment's own settings.
 
     Raises:
         InputError: if it cannot be made.
     """
     if out is not None:
         folder = out
-    elif len(runs) == 1:
-        folder = runs[0] / "evaluation"
-        check_no_link(folder)
     else:
-        folder = runs[0].parent / "evaluation"
+        above = runs[0] if len(runs) == 1 else runs[0].parent
+        folder = above / ("evaluation" if usual else "evaluation-custom")
+        check_no_link(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,7 +55,7 @@ def results_folder(runs: Sequence[Path], out: Path | None) -> Path:
 def write_results(
     folder: Path,
     outcomes: Sequence[Outcome],
-    scores: Sequence[MethodScores],
+    compared: Comparison,
     subjects: Sequence[Subject],
     notes: Mapping[str, object],
 ) -> None:
@@ -56,7 +64,7 @@ def write_results(
     Args:
         folder: where to.
         outcomes: every test.
-        scores: what they come to.
+        compared: what they come to.
         subjects: the policies tested, of one family.
         notes: what else summary.json should say.
 
@@ -69,24 +77,22 @@ def write_results(
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
+    settings = {s.method: asdict(s.trained.experiment.evaluation) for s in subjects}
     summary = {
         "family": family_name(family),
-        "protocol": protocol_of(family),
+        "protocol": family.protocol_name,
         **notes,
+        "settings": settings,
         "versions": versions(),
         "runs": [training_of(subject) for subject in subjects],
-        "methods": [method_summary(one, family) for one in scores],
+        "methods": [method_summary(one, family) for one in compared.scores],
+        "differences": [difference_summary(one) for one in compared.differences],
     }
     try:
         write_whole(folder / "evaluation.csv", table.getvalue())
         write_whole(folder / "summary.json", as_json(summary))
     except OSError as error:
         raise RunStopped(f"the test cannot be written to {folder}: {error.strerror}", 3) from error
-
-
-def protocol_of(family: TaskFamily) -> str:
-    """Return the protocol of a family that has one, else ""."""
-    return str(getattr(family, "protocol", ""))
 
 
 def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[str, Cell]]:
@@ -101,7 +107,7 @@ def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[st
                 means = zip(measures, found.measures[step, task].tolist(), strict=True)
                 yield {
                     "family": family_name(family),
-                    "protocol": protocol_of(family),
+                    "protocol": family.protocol_name,
                     "method": one.method,
                     "seed": one.seed,
                     "task": task,
@@ -157,6 +163,7 @@ def step_summary(step: StepScores, family: TaskFamily) -> dict[str, object]:
         "steps": step.steps,
         "return": step.mean,
         "interval_95": known(*step.interval),
+        "by_seed": list(step.by_seed),
         "sd_over_tasks": step.sd_over_tasks,
         "interquartile_mean": step.interquartile_mean,
         "interval_95_over_runs": known(*step.interval_over_runs),
@@ -167,6 +174,19 @@ def step_summary(step: StepScores, family: TaskFamily) -> dict[str, object]:
             task: {"return": value, **dict(zip(names, measures.tolist(), strict=True))}
             for task, (value, measures) in step.by_task.items()
         },
+    }
+
+
+def difference_summary(one: Difference) -> dict[str, object]:
+    """Return how much more the first method returned than another, as plain values."""
+    other = one.method
+    return {
+        "than": other.method,
+        "variant": other.variant,
+        "step_size": other.step_size,
+        "steps": one.steps,
+        "difference": one.mean,
+        "interval_95": known(*one.interval),
     }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import json
 import os
 import shutil
 import socket
@@ -98,8 +99,17 @@ class RunFolder:
             raise cannot_write(path, error, elsewhere=True) from error
 
     @classmethod
-    def create(cls, path: Path, experiment: Experiment[TaskFamily], theta: Params) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        experiment: Experiment[TaskFamily],
+        theta: Params,
+        *,
+        init: str | None = None,
+    ) -> RunFolder:
         """Make a new run folder with a first checkpoint, and lock it.
+
+        `init` is the name of the run whose parameters it begins with, if they are no new ones.
 
         Raises:
             InputError: if it exists and is not empty, or cannot be written.
@@ -117,7 +127,8 @@ class RunFolder:
             check_space(path, theta)
             folder._origin = origin_of(experiment)
             folder.save(theta, FRESH, best=None)
-            write_whole(path / "versions.json", as_json(versions()))
+            begun = {} if init is None else {INIT: init}
+            write_whole(path / "versions.json", as_json({**versions(), **begun}))
             # Last, since it is what makes a folder a run's.
             folder.rewrite_config(experiment)
         except BaseException as error:
@@ -324,6 +335,19 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+INIT = "init"
+"""In versions.json, the run that another was begun with the parameters of."""
+
+
+def begun_from(run: Path) -> str:
+    """Return the name of the run whose parameters a run was begun with, "" if they were new."""
+    try:
+        found = json.loads((run / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get(INIT, "")) if isinstance(found, dict) else ""
 
 
 class Events:

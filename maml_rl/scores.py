@@ -7,7 +7,7 @@ so that the same returns always give the same interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,22 +38,13 @@ def interquartile_mean(values: Floats) -> Floats:
     return middle
 
 
-def mean(values: Floats) -> Floats:
-    """Return the mean along the last axis."""
-    result: Floats = values.mean(-1)
-    return result
-
-
-def interval_over_tasks(
-    values: Floats, groups: Sequence[Bools] = (), statistic: Callable[[Floats], Floats] = mean
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a statistic over tasks.
+def interval_over_tasks(values: Floats, groups: Sequence[Bools] = ()) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean over tasks.
 
     Args:
-        values: (T,) one figure a task.
+        values: (T,) one figure a task, such as a return, or the difference of two.
         groups: masks (T,) of the repetitions of each task, where a family has finitely many; they
             are resampled within each, since another draw would have each as often.
-        statistic: maps (..., T) to (...).
 
     Returns:
         Low and high; NaN where a group has a single task, of whose spread nothing is known.
@@ -65,21 +56,20 @@ def interval_over_tasks(
     drawn = [
         stratum[rng.integers(0, len(stratum), (RESAMPLES, len(stratum)))] for stratum in strata
     ]
-    low, high = np.percentile(statistic(values[np.concatenate(drawn, 1)]), CENTRAL)
+    low, high = np.percentile(values[np.concatenate(drawn, 1)].mean(-1), CENTRAL)
     return float(low), float(high)
 
 
-def interval_over_runs(
-    values: Floats, statistic: Callable[[Floats], Floats] = interquartile_mean
-) -> tuple[float, float]:
-    """Return the 95 % stratified bootstrap interval of a statistic over runs.
+def interval_over_runs(values: Floats) -> tuple[float, float]:
+    """Return the 95 % stratified bootstrap interval of the interquartile mean over runs.
 
     Runs are resampled with replacement for every task on its own (Agarwal et al. 2021, section
-    4.1), and the statistic is taken over all runs and tasks together.
+    4.1), and the mean is taken over all runs and tasks together. There a run is one of one task;
+    here one training is tested on all tasks, so what one seed does better than another on every
+    task averages out, and is not in this interval: look at each seed's mean beside it.
 
     Args:
         values: (R, T) one figure a run and task.
-        statistic: maps (..., R T) to (...).
 
     Returns:
         Low and high; NaN for a single run.
@@ -90,12 +80,12 @@ def interval_over_runs(
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     drawn = rng.integers(0, runs, (RESAMPLES, runs, tasks))
     resampled = np.take_along_axis(values[None], drawn, axis=1)
-    low, high = np.percentile(statistic(resampled.reshape(RESAMPLES, -1)), CENTRAL)
+    low, high = np.percentile(interquartile_mean(resampled.reshape(RESAMPLES, -1)), CENTRAL)
     return float(low), float(high)
 
 
 def share_worse(before: Floats, after: Floats) -> float:
-    """Return the share of tasks (T,) whose return fell by adapting."""
+    """Return the share of figures whose return fell by adapting, of any equal shapes."""
     return float((after < before).mean())
 
 

@@ -41,13 +41,16 @@ class Setting(NamedTuple):
 
 
 def settings_of(
-    cls: type, family: type[TaskFamily], prefix: str = ""
+    cls: type, family: type[TaskFamily] | None = None, prefix: str = ""
 ) -> Iterator[tuple[str, Setting]]:
-    """Yield the dotted path of every setting of an experiment with that family, and its type."""
+    """Yield the dotted path of every setting of a class, and its type.
+
+    `family` is that of an experiment's field whose type is known only now.
+    """
     kinds = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind = kinds[item.name]
-        kind = family if isinstance(kind, TypeVar) else kind
+        kind = family if isinstance(kind, TypeVar) and family is not None else kind
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from settings_of(kind, family, f"{prefix}{item.name}.")
         else:
@@ -56,8 +59,14 @@ def settings_of(
             yield f"{prefix}{item.name}", Setting(kind, required)
 
 
-def check_keys(paths: Sequence[str], settings: Mapping[str, Setting], source: str) -> None:
-    """Raise InputError, with the nearest right one, for a path that is no setting."""
+def check_keys(
+    paths: Sequence[str],
+    settings: Mapping[str, Setting],
+    source: str,
+    *,
+    hint: str = "see `maml-rl train EXPERIMENT --help`",
+) -> None:
+    """Raise InputError, with the nearest right one or a hint, for a path that is no setting."""
     sections = {k.rpartition(".")[0] for k in settings if "." in k}
     for path in paths:
         if path in settings:
@@ -69,8 +78,8 @@ def check_keys(paths: Sequence[str], settings: Mapping[str, Setting], source: st
             wanted = expectation(settings[owner].kind)
             raise refusal(f"{source}: {owner} must be {wanted}, so there is no setting {path!r}")
         near = difflib.get_close_matches(path, settings, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see `maml-rl train EXPERIMENT --help`"
-        raise refusal(f"{source}: there is no setting {path!r}: {hint}")
+        what = f"did you mean {near[0]!r}?" if near else hint
+        raise refusal(f"{source}: there is no setting {path!r}: {what}")
 
 
 def checked_settings(
@@ -237,6 +246,22 @@ def split_family_name(words_: Sequence[str]) -> tuple[str | None, list[str]]:
             rest.append(word)
         i += 1
     return name, rest
+
+
+def parse_options(cls: type[C], words: Sequence[str], prog: str) -> C:
+    """Parse a command's words into its options, having checked each flag and what it is given.
+
+    Raises:
+        InputError: in one sentence that names the flag.
+    """
+    settings = dict(settings_of(cls))
+    if not HELP & set(words):
+        for path, values in flag_values(words):
+            check_keys([path], settings, "command line", hint=f"see `{prog} --help`")
+            # A switch needs no word.
+            if values or settings[path].kind is not bool:
+                check_words(path, values, settings[path].kind)
+    return parse_with_tyro(cls, words, prog)
 
 
 def parse_with_tyro(cls: type[C], arguments: Sequence[str], prog: str) -> C:

@@ -12,6 +12,9 @@ import numpy.typing as npt
 from envs.family import FamilyError, TaskFamily
 from maml_rl.sampler import TEST, TEST_SEED, VALIDATION, task_generator
 
+CHOSEN = "chosen"
+"""The source of tasks that somebody chose one by one; they are no sample of anything."""
+
 Tasks = npt.NDArray[np.float32]
 
 
@@ -90,7 +93,7 @@ def chosen(family: TaskFamily, texts: Sequence[str]) -> TaskSet:
     Raises:
         FamilyError: for one that is no task of the family.
     """
-    return TaskSet("chosen", np.stack([parse_task(family, text) for text in texts]))
+    return TaskSet(CHOSEN, np.stack([parse_task(family, text) for text in texts]))
 
 
 def parse_task(family: TaskFamily, text: str) -> Tasks:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from envs import TaskFamily
-from maml_rl.comparison import MethodScores, StepScores
+from maml_rl.comparison import Comparison, MethodScores, StepScores
 from maml_rl.runs import Row
 from maml_rl.train import Watcher
 
@@ -126,7 +126,7 @@ def step_words(steps: int) -> str:
 
 def title_of(one: MethodScores, family: TaskFamily) -> str:
     """Return what was tested, and on which tasks."""
-    protocol = getattr(family, "protocol", "")
+    protocol = family.protocol_name
     seen = family.finite_tasks is not None
     kinds = {
         "test": f"{one.tasks} test tasks that training never saw",
@@ -139,8 +139,8 @@ def title_of(one: MethodScores, family: TaskFamily) -> str:
     elif seen:
         what += ", fresh episodes of tasks trained on"
     if one.outside_training:
-        every = one.outside_training == one.tasks
-        what += f", {'all' if every else one.outside_training} of them outside the range trained on"
+        some = "" if one.outside_training == one.tasks else f"{one.outside_training} of them "
+        what += f", {some}outside the range trained on"
     return f"{family.name}{f' ({protocol} protocol)' if protocol else ''}: {what}"
 
 
@@ -151,11 +151,12 @@ class Figure(NamedTuple):
     cell: Callable[[StepScores], str]
 
 
-def evaluation_tables(scores: Sequence[MethodScores], family: TaskFamily) -> list[Table]:
-    """Return what was tested, method by method, against gradient steps.
+def evaluation_tables(compared: Comparison, family: TaskFamily) -> list[Table]:
+    """Return what was tested, method by method, against gradient steps, and their differences.
 
-    One table for a single method; several methods have two, to fit into 80 columns.
+    One table of figures for a single run; several have two, to fit into 80 columns.
     """
+    scores = compared.scores
     returns = [
         Figure("return", lambda step: f"{step.mean:.1f}"),
         Figure("95 % interval", lambda step: interval(*step.interval)),
@@ -175,19 +176,21 @@ def evaluation_tables(scores: Sequence[MethodScores], family: TaskFamily) -> lis
         gains.append(Figure(name, lambda step: f"{step.measures[0]:.2f}"))
     heading = title_of(scores[0], family)
     parts = [(heading, returns + gains)]
-    if len(scores) > 1:
+    if len(scores) > 1 or len(scores[0].seeds) > 1:
         parts = [(heading, returns), ("What adapting does", gains)]
     tables = []
     for title, columns in parts:
         table = plain_table(title)
         heads = row_heads(scores, table)
         for column in columns:
-            table.add_column(column.name, justify="right", no_wrap=True)
+            table.add_column(column.name, justify="right", overflow="fold")
         for head, step in rows_of(scores, heads):
             table.add_row(*head, *(column.cell(step) for column in columns))
         tables.append(table)
     if (by_task := task_table(scores, family)) is not None:
         tables.append(by_task)
+    if (differences := difference_table(compared)) is not None:
+        tables.append(differences)
     return tables
 
 
@@ -236,9 +239,9 @@ def row_heads(scores: Sequence[MethodScores], table: Table) -> list[list[str]]:
     One method needs none; several their names, and step sizes where one has several.
     """
     if len(scores) == 1:
-        table.add_column("", no_wrap=True)
+        table.add_column("", overflow="fold")
         return [[]]
-    table.add_column("method", no_wrap=max(len(one.name) for one in scores) <= 12)
+    table.add_column("method", overflow="fold")
     sizes = len({one.step_size for one in scores}) > 1
     if sizes:
         table.add_column("step size", justify="right")
@@ -262,24 +265,53 @@ def rows_of(
 
 def interval(low: float, high: float) -> str:
     """Return an interval in words, "" where nothing is known of it."""
-    return "" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+    digits = 0 if max(abs(low), abs(high)) >= 200 else 1
+    return "" if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def evaluation_notes(scores: Sequence[MethodScores], family: TaskFamily) -> str:
-    """Return what a newcomer needs to read the tables."""
-    several_runs = any(len(one.seeds) > 1 for one in scores)
+def difference_table(compared: Comparison) -> Table | None:
+    """Return how much more the first method returns than the others; None where it is alone."""
+    if not compared.differences:
+        return None
+    first = compared.scores[0]
+    table = plain_table(
+        f"{first.name}, step size {first.step_size:g}, minus the others, task by task"
+    )
+    for name in ("method", "step size", "steps", "difference", "95 % interval"):
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    before = None
+    for one in compared.differences:
+        other = one.method
+        size = f"{other.step_size:g}" if len(other.steps) > 1 else ""
+        head = [other.name, size] if other is not before else ["", ""]
+        before = other
+        table.add_row(*head, str(one.steps), f"{one.mean:.1f}", interval(*one.interval))
+    return table
+
+
+def evaluation_notes(compared: Comparison, family: TaskFamily) -> list[str]:
+    """Return what a newcomer needs to read the tables, a sentence or two a line."""
+    scores = compared.scores
     notes = [
-        "Return: sum of an episode's rewards, mean over tasks, with its 95 % bootstrap interval; "
-        "IQM: mean of the middle half; spread: standard deviation over tasks; "
-        "worse: share of tasks that adapting made worse.",
+        "Return: sum of an episode's rewards, mean over tasks, with its 95 % bootstrap interval.",
+        "IQM: mean of the middle half. Spread: standard deviation over tasks. Worse: share of "
+        "tasks that adapting made worse.",
         f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes, "
         "which are all that the step learns from.",
     ]
-    if several_runs:
-        notes.append("IQM over runs: its 95 % interval, runs resampled for each task.")
+    if any(len(one.seeds) > 1 for one in scores):
+        notes.append(
+            "IQM over runs: its 95 % interval, runs resampled for each task on its own; how one "
+            "training differs from another as a whole is not in it (by_seed in summary.json)."
+        )
     if any(not math.isnan(step.gap_closed) for one in scores for step in one.steps):
         notes.append("Gap closed: share of the way from the return before to the oracle's.")
+    if compared.differences:
+        notes.append("Differences: the two can be told apart where the interval leaves out 0.")
     if family.finite_tasks is not None and family.measure_columns:
         measure = family.measure_columns[0]
         notes.append(f"{measure.unit}: mean {measure.name} the wanted way.")
-    return " ".join(notes)
+    elif family.measure_columns:
+        measure = family.measure_columns[0]
+        notes.append(f"{measure.name.capitalize()}: mean over an episode's steps.")
+    return notes

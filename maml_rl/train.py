@@ -355,7 +355,10 @@ def meta_train(
     theta = fresh.params
     if init is not None:
         theta = parameters_for(RunFolder.open(Path(init)).load(), fresh)
-    folder = None if out is None else RunFolder.create(Path(out), experiment, theta)
+    begun_from = None if init is None else Path(init).resolve().name
+    folder = (
+        None if out is None else RunFolder.create(Path(out), experiment, theta, init=begun_from)
+    )
     return _finish(replace(fresh, params=theta), FRESH, folder, watch)
 
 

@@ -290,11 +290,13 @@ def differing(
 ) -> str:
     """Return in a line the settings in which two experiments differ, "" if there are none."""
     old, new = dict(leaves(as_tree(before))), dict(leaves(as_tree(now)))
-    return ", ".join(
+    changed = [
         f"{path} {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
         for path in sorted(old.keys() | new.keys())
         if not ignored.fullmatch(path) and old.get(path) != new.get(path)
-    )
+    ]
+    more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
+    return ", ".join(changed[:5] + more)
 
 
 def check_device(device: str) -> None:

@@ -394,7 +394,56 @@ def test_output_names_methods_step_sizes_and_files(
     words = ["evaluate", "told", "plain", "--step-size", "0.1", "0.2", "--out", str(tmp_path)]
     assert run(words) == 0
     printed = capsys.readouterr()
-    for text in ("oracle", "pretrained", "0.1", "0.2", f"All figures: {tmp_path}"):
+    for text in ("oracle", "pretrained", "0.1", "0.2", f"Written: {tmp_path}"):
         assert text in printed.out
     assert "pip install 'maml-rl[plot]'" in printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize("runs", [["meta-seed0"], ["meta-seed0", "meta-seed1", "told", "plain"]])
+def test_no_number_is_cut_off_in_80_columns(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are broken where they must be, never elided."""
+    assert run(["evaluate", *runs, "--steps", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    with (tmp_path / "evaluation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    before = [
+        r["return_mean"] for r in rows if r["method"] == "maml" and r["gradient_steps"] == "0"
+    ]
+    assert f"{sum(map(float, before)) / len(before):.1f}" in printed
+
+
+def test_a_test_of_another_kind_leaves_the_runs_own_alone(tmp_path: Path) -> None:
+    """By default a run's own test goes to `evaluation`, any other to `evaluation-custom`."""
+    shutil.copytree("fresh", tmp_path / "run")
+    assert run(["evaluate", str(tmp_path / "run"), "--quiet"]) == 0
+    own = (tmp_path / "run" / "evaluation" / "evaluation.csv").read_bytes()
+    assert run(["evaluate", str(tmp_path / "run"), "--task", "0.1,0.2", "--quiet"]) == 0
+    assert (tmp_path / "run" / "evaluation" / "evaluation.csv").read_bytes() == own
+    assert (tmp_path / "run" / "evaluation-custom" / "evaluation.csv").exists()
+
+
+def test_a_step_size_that_breaks_a_policy_does_not_end_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told and left out; where nothing is left, exit 3."""
+    words = ["evaluate", "fresh", "--quiet", "--out", str(tmp_path / "a"), "--step-size"]
+    assert run([*words, "0.1", "1e6"]) == 0
+    assert "random with step size 1e+06 is left out" in capsys.readouterr().err
+    with (tmp_path / "a" / "evaluation.csv").open(newline="") as file:
+        assert {row["step_size"] for row in csv.DictReader(file)} == {"0.1"}
+    assert run([*words, "1e6"]) == 3
+
+
+def test_a_run_that_stopped_early_is_no_seed_of_those_that_did_not(tmp_path: Path) -> None:
+    """Other iterations are another policy, and the figures of both are told apart."""
+    shutil.copytree("meta-seed1", tmp_path / "short-seed1")
+    previous = tmp_path / "short-seed1" / "checkpoints" / "previous"
+    shutil.rmtree(tmp_path / "short-seed1" / "checkpoints" / "latest")
+    previous.rename(previous.with_name("latest"))
+    subjects = load_subjects([Path("meta-seed0"), tmp_path / "short-seed1"])
+    assert subjects[1].iterations < subjects[0].iterations
+    assert [s.variant for s in subjects] == ["meta", "short"]

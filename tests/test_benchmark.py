@@ -22,11 +22,13 @@ import torch
 import yaml
 
 from envs.family import TaskFamily
+from maml_rl import assess, cli_evaluate
 from maml_rl import benchmark as module
-from maml_rl import cli_tests
 from maml_rl.assess import Subject, load_subject
-from maml_rl.benchmark import Benchmark, choose_step_sizes, merged, plan
+from maml_rl.benchmark import choose_step_sizes, plan
+from maml_rl.benchmark_file import Benchmark, merged
 from maml_rl.cli import run
+from maml_rl.comparison import Outcome
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.runs import Row
@@ -191,7 +193,7 @@ def test_the_best_candidate_on_validation_tasks_is_chosen(whole: Path) -> None:
             size: np.mean(
                 [by_hand(whole / f"{method}-seed{s}", tasks, size).returns[2] for s in (3, 1)]
             )
-            for size in (0.05, 0.4)
+            for size in (STEP_SIZES[method], 0.05, 0.4)
         }
         with pytest.raises(SamplingError, match="not finite"):
             by_hand(whole / f"{method}-seed3", tasks, HUGE)
@@ -211,13 +213,15 @@ def test_the_test_is_of_both_step_sizes_on_the_same_tasks(whole: Path) -> None:
         sizes = [STEP_SIZES[method], chosen[method]["best"]]
         where = {"method": method, "seed": 1}
         kinds = [r["step_size"] for r in table(whole) if r["method"] == method and r["seed"] == "1"]
-        assert list(dict.fromkeys(kinds)) == list(map(str, sizes))
+        assert list(dict.fromkeys(kinds)) == list(dict.fromkeys(map(str, sizes)))
         for size in sizes:
             expected = by_hand(whole / f"{method}-seed1", tasks, size).returns
             found = returns_of(whole, step_size=size, **where)
             assert found == expected.reshape(-1).tolist()
         before = [returns_of(whole, step_size=s, gradient_steps=0, **where) for s in sizes]
         assert before[0] == before[1]
+    # So that two rows of a method were looked at.
+    assert any(found["own"] != found["best"] for found in chosen.values())
     expected = by_hand(whole / "oracle-seed3", tasks, 1.0, steps=0).returns
     assert returns_of(whole, method="oracle", seed=3) == expected[0].tolist()
     goals = {(r["task"], r["task_goal_x"], r["task_goal_y"], r["tasks"]) for r in table(whole)}
@@ -228,8 +232,8 @@ def test_a_candidate_that_breaks_a_policy_is_never_chosen(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN compares with nothing, so it must not come to a comparison, wherever it stands; where
-    nothing is left there is no best."""
-    values = {0.1: math.nan, 0.2: -3.0, 0.4: -1.0, 0.8: math.nan}
+    nothing is left, or nothing beats it, the method keeps its own, which is tried too."""
+    values = {0.1: math.nan, 0.2: -3.0, 0.4: -1.0, 0.8: math.nan, 0.5: -2.0}
 
     def known(runs: Sequence[Subject], size: float, tasks: TaskSet) -> float:
         return values[size]
@@ -239,17 +243,18 @@ def test_a_candidate_that_breaks_a_policy_is_never_chosen(
     for candidates, best in (
         ((0.1, 0.2, 0.4, 0.8), 0.4),
         ((0.8, 0.4, 0.2), 0.4),
-        ((0.2, 0.1), 0.2),
-        ((0.1, 0.8), None),
-        ((), None),
+        ((0.2, 0.1), 0.5),
+        ((0.1, 0.8), 0.5),
+        ((), 0.5),
     ):
         given = Benchmark(name="x", experiment="x", methods=("maml",), candidates=candidates)
         said: list[str] = []
         found = choose_step_sizes(given, subjects, said.append)
         assert (found["maml"].own, found["maml"].best) == (0.5, best)
         tried = found["maml"].validation
-        assert tried == pytest.approx({c: values[c] for c in candidates}, nan_ok=True)
-        assert len(said) == len(candidates)
+        sizes = (0.5, *candidates) if candidates else ()
+        assert tried == pytest.approx({c: values[c] for c in sizes}, nan_ok=True)
+        assert len(said) == len(sizes) + 1
 
 
 def test_without_candidates_each_method_has_its_own_step_size(
@@ -308,7 +313,7 @@ def test_an_interrupted_training_is_gone_on_with(
     words = [file, "--methods", "maml", "pretrained", "--seeds", "3", "--out", "my out", "--quiet"]
     with monkeypatch.context() as patch:
         watch = Interrupting(number, after=5)
-        patch.setattr(cli_tests, "watching", lambda console, quiet: nullcontext(watch))
+        patch.setattr(cli_evaluate, "watching", lambda console, quiet: nullcontext(watch))
         assert run(["benchmark", *words]) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -331,7 +336,7 @@ def test_an_interrupted_training_is_gone_on_with(
 
 @pytest.mark.parametrize(
     ("interrupt", "code", "where"),
-    [(KeyboardInterrupt, 130, "choose_step_sizes"), (Terminated, 143, "outcomes_with")],
+    [(KeyboardInterrupt, 130, "choose_step_sizes"), (Terminated, 143, "outcomes_of")],
 )
 def test_an_interrupted_test_is_gone_on_with(
     interrupt: type[KeyboardInterrupt],
@@ -347,7 +352,7 @@ def test_an_interrupted_test_is_gone_on_with(
         raise interrupt
 
     given = ["--methods", "random", "--seeds", "3", "--reuse", str(whole / "random-seed3")]
-    monkeypatch.setattr(cli_tests, where, stop)
+    monkeypatch.setattr(cli_evaluate, where, stop)
     file = write(Path("b.yaml"), candidates=[])
     assert run(["benchmark", file, *given, "--quiet"]) == code
     line = capsys.readouterr().err.partition("Go on with: ")[2]
@@ -459,7 +464,7 @@ def test_settings_on_the_command_line_win(
         seen.append((benchmark, base))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_tests, "plan", stop)
+    monkeypatch.setattr(cli_evaluate, "plan", stop)
     words = ["--family.goal-range", "0.4", "--sampling.tasks", "6", "--candidates", "0.7", "0.9"]
     assert run(["benchmark", write(Path("b.yaml")), *words, "--iterations", "9"]) == 130
     ((found, base),) = seen
@@ -506,6 +511,58 @@ def test_an_experiment_without_iterations_has_nothing_to_compare(
     assert run(["benchmark", file]) == 2
     assert "iterations must be at least 1, got 0" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_what_is_not_whole_is_found_before_anything_is_trained(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged run among those that are there, whichever comes last; and what to do."""
+    shutil.copytree(whole, "out")
+    shutil.rmtree("out/maml-seed3")
+    for kind in Path("out/random-seed1/checkpoints").iterdir():
+        (kind / "parameters.safetensors").write_bytes(b"damaged")
+    assert run(["benchmark", write(Path("b.yaml")), "--out", "out", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "remove out/random-seed1 to have it trained again" in said
+    assert not Path("out/maml-seed3").exists()
+
+
+def test_a_run_begun_elsewhere_has_another_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    """`train --init` takes the steps of another run as a gift."""
+    file = write(Path("b.yaml"), methods=["maml"], seeds=[3], candidates=[])
+    assert run(["benchmark", file, "--out", "first", "--quiet"]) == 0
+    config = "first/maml-seed3/config.yaml"
+    words = ["train", config, "--init", "first/maml-seed3", "--out", "second/maml-seed3"]
+    assert run([*words, "--quiet"]) == 0
+    capsys.readouterr()
+    assert run(["benchmark", file, "--out", "second", "--quiet"]) == 2
+    assert "was begun with the parameters of maml-seed3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "", "a/b"])
+def test_a_benchmarks_name_is_a_folders(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written outside of runs/."""
+    assert run(["benchmark", write(Path("b.yaml"), name=name)]) == 2
+    assert "since a folder is named after it" in capsys.readouterr().err
+
+
+def test_an_oracle_that_breaks_down_is_left_out(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no step size of its own to name."""
+    real = assess.outcome_of
+
+    def fragile(subject: Subject, tasks: TaskSet, size: float | None = None) -> Outcome:
+        if subject.method == "oracle":
+            raise assess.BrokenDown("the test was stopped", 3)
+        return real(subject, tasks, size)
+
+    monkeypatch.setattr(assess, "outcome_of", fragile)
+    file = write(Path("b.yaml"), candidates=[])
+    reused = [str(p) for p in sorted(whole.iterdir()) if p.is_dir()]
+    assert run(["benchmark", file, "--out", "out", "--quiet", "--reuse", *reused]) == 0
+    assert "oracle with step size 0.5 is left out" in capsys.readouterr().err
+    assert {r["method"] for r in table(Path("out"))} == {"maml", "pretrained", "random"}
 
 
 def test_settings_may_be_written_with_dots() -> None:

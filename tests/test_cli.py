@@ -114,7 +114,7 @@ def test_bad_input_for_an_existing_run(elsewhere: Path, capsys: pytest.CaptureFi
     for words, complaint in (
         (["evaluate", "a[/b]", "--steps", "-1"], "steps must be at least 0, got -1"),
         (["evaluate", "a[/b]", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
-        (["evaluate", "a[/b]", "--checkpoint", "beste"], "invalid choice 'beste'"),
+        (["evaluate", "a[/b]", "--checkpoint", "beste"], "did you mean 'best'"),
         (["resume", "a[/b]", "--iterations", "0"], "has done 1 iterations"),
     ):
         assert run(words) == 2

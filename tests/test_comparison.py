@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from envs import HalfCheetahDir, Navigation2D
-from maml_rl.comparison import Outcome, compare
+from maml_rl.comparison import MAML, PRETRAINED, Comparison, Method, Outcome, compare
 from maml_rl.errors import InputError
 from maml_rl.evaluate import Evaluation
 
@@ -19,7 +19,7 @@ GOALS = np.array([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.5], [0.0, 0.25]], np.float32
 def outcome(
     returns: list[list[float]],
     *,
-    method: str = "maml",
+    method: Method = "maml",
     variant: str = "",
     seed: int = 0,
     step_size: float = 0.5,
@@ -47,9 +47,11 @@ def test_figures_by_hand() -> None:
     before, after = maml.steps
     assert (before.mean, after.mean) == (0.5, 3.0)
     assert after.gap_closed == pytest.approx(2.5 / 9.5)
-    assert before.gap_closed == 0.0
     # One of eight fell: 4 to 3 in the first run.
-    assert (before.share_worse, after.share_worse) == (0.0, 0.125)
+    assert after.share_worse == 0.125
+    assert math.isnan(before.gap_closed)
+    assert math.isnan(before.share_worse)
+    assert (before.by_seed, after.by_seed) == ((1.0, 0.0), (3.0, 3.0))
     # Sorted 0 0 1 1 3 3 8 8: the middle half is 1 1 3 3.
     assert after.interquartile_mean == 2.0
     assert after.sd_over_tasks == pytest.approx(np.std([8, 0, 3, 1]))
@@ -63,12 +65,14 @@ def test_figures_by_hand() -> None:
 
 
 def test_without_an_oracle_above_there_is_no_gap() -> None:
-    """None given, or one on other tasks, or below."""
+    """None given, or one on other tasks, or below, or two."""
     run = outcome([[5, 5, 5, 5], [6, 6, 6, 6]])
     for others in (
         [],
         [outcome([[9, 9, 9, 9]], method="oracle", source="paper")],
         [outcome([[5, 5, 5, 5]], method="oracle")],
+        # Between two nobody can choose.
+        [outcome([[9, 9, 9, 9]], method="oracle", variant=v) for v in ("a", "b")],
     ):
         assert math.isnan(compare([run, *others], NAVIGATION)[0].steps[1].gap_closed)
 
@@ -115,6 +119,36 @@ def test_tasks_beyond_those_trained_on_are_counted() -> None:
     """Goals in a square of .3 m: two of four lie outside."""
     (scores,) = compare([outcome([[1, 2, 3, 4]], goal_range=0.3)], NAVIGATION)
     assert scores.outside_training == 2
+
+
+def test_differences_are_taken_task_by_task() -> None:
+    """The first method's mean of two runs, 5 2 9 4 and 7 4 11 6, less 5 1 12 6: 1 2 -2 -1; and
+    less an oracle's return before any step. Whatever all tasks have in common is not in it."""
+    runs = [
+        outcome([[0, 0, 0, 0], [5, 2, 9, 4]]),
+        outcome([[0, 0, 0, 0], [7, 4, 11, 6]], seed=1),
+        outcome([[9, 9, 9, 9], [5, 1, 12, 6]], method="pretrained"),
+        outcome([[10, 10, 10, 10]], method="oracle"),
+        outcome([[1, 1, 1, 1], [2, 2, 2, 2]], method="random", source="paper"),
+    ]
+    plain, oracle = Comparison.of(runs, NAVIGATION).differences
+    assert (plain.method.method, plain.steps, plain.mean) == ("pretrained", 1, 0.0)
+    assert plain.interval[0] == -plain.interval[1] < 0
+    assert (oracle.method.method, oracle.steps, oracle.mean) == ("oracle", 1, -4.0)
+    # One returns exactly 2 more on every task: there is nothing uncertain in that.
+    shifted = [outcome([[0, 0, 0, 0], [7, 3, 14, 8]]), runs[2]]
+    (two,) = Comparison.of(shifted, NAVIGATION).differences
+    assert (two.mean, two.interval) == (2.0, (2.0, 2.0))
+
+
+def test_chosen_tasks_have_no_interval() -> None:
+    """They are no sample of anything."""
+    runs = [
+        outcome([[1, 2, 3, 4], [2, 3, 4, 5]], method=m, source="chosen") for m in (MAML, PRETRAINED)
+    ]
+    found = Comparison.of(runs, NAVIGATION)
+    assert all(math.isnan(bound) for bound in found.scores[0].steps[1].interval)
+    assert math.isnan(found.differences[0].interval[0])
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

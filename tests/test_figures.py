@@ -16,9 +16,15 @@ from matplotlib.figure import Figure  # noqa: E402  # likewise
 
 from envs import HalfCheetahDir, HalfCheetahVel, Navigation2D, TaskFamily  # noqa: E402
 from maml_rl import figures  # noqa: E402
-from maml_rl.assess import Subject, load_subjects, outcomes_of, under_settings  # noqa: E402
+from maml_rl.assess import (  # noqa: E402
+    Subject,
+    load_subjects,
+    outcomes_of,
+    under_settings,
+    ways_of,
+)
 from maml_rl.cli import run  # noqa: E402
-from maml_rl.comparison import MethodScores, Outcome, compare  # noqa: E402
+from maml_rl.comparison import Method, MethodScores, Outcome, compare  # noqa: E402
 from maml_rl.config import load_experiment  # noqa: E402
 from maml_rl.evaluate import Evaluation  # noqa: E402
 from maml_rl.runs import read_metrics  # noqa: E402
@@ -41,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
 
 
 def outcome(
-    family: TaskFamily, means: Sequence[float], *, method: str = "maml", size: float = 0.5
+    family: TaskFamily, means: Sequence[float], *, method: Method = "maml", size: float = 0.5
 ) -> Outcome:
     """A test in which the return of a task is the mean and its number."""
     tasks = papers_own(family).tasks
@@ -84,13 +90,14 @@ def test_every_figure_is_drawn_twice_and_the_same_again(
 ) -> None:
     """PNG and SVG of all four for navigation; the same numbers give the same bytes."""
     tasks = held_out(runs[0].family, 5)
-    outcomes = outcomes_of(runs, tasks)
+    outcomes = outcomes_of(runs, tasks, {})
     scores = compare(outcomes, runs[0].family)
+    ways = ways_of(runs, outcomes, 3)
     contents = []
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.mkdir()
-        assert figures.draw(folder, runs, outcomes, scores) == list(NAMES)
+        assert figures.draw(folder, runs, outcomes, scores, ways) == list(NAMES)
         assert {p.name for p in folder.iterdir()} == {
             f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
         }
@@ -100,7 +107,7 @@ def test_every_figure_is_drawn_twice_and_the_same_again(
     for name, wanted in (
         ("returns", ("gradient steps", "return of an episode", "oracle")),
         ("learning_curves", ("control steps sampled (millions)", "minutes", "maml, after 1 step")),
-        ("tasks", ("goal_x (m)", "goal_y (m)", "before", "after 1 step")),
+        ("tasks", ("distance from 0 of the goal (m)", "before", "after 1 step")),
         ("trajectories", ("x (m)", "y (m)", "goal", "before", "after 1 step")),
     ):
         found = words(tmp_path / "first" / f"{name}.svg")
@@ -122,7 +129,8 @@ def test_the_papers_points_stand_beside_ours_where_they_may() -> None:
 def test_the_papers_pretrained_is_told_to_have_seen_fewer_goals() -> None:
     """In the caption, where its points are drawn, and only there."""
     family = HalfCheetahVel()
-    for methods, said in ((("maml",), False), (("maml", "pretrained"), True)):
+    both: tuple[Method, ...] = ("maml", "pretrained")
+    for methods, said in ((both[:1], False), (both, True)):
         outcomes = [outcome(family, [-150.0, -90.0], method=m) for m in methods]
         scores = compare(outcomes, family)
         figure = figures.returns_figure(scores, family, outcomes[0].evaluation.tasks)
@@ -134,7 +142,9 @@ def test_an_oracle_is_a_line_across() -> None:
     family = HalfCheetahDir()
     told = outcome(family, [400.0], method="oracle")
     axes = drawn([outcome(family, [-50.0, 10.0, 20.0, 30.0]), told], family)
-    assert points(axes, "oracle").tolist() == [[0, 400.0], [3, 400.0]]
+    found = points(axes, "oracle")
+    assert np.round(found[:, 0]).tolist() == [0, 3]
+    assert found[:, 1].tolist() == [400.0, 400.0]
 
 
 def test_what_falls_off_the_picture_is_named() -> None:
@@ -201,8 +211,8 @@ def panel_lines(figure: Figure) -> Iterator[tuple[Axes, list[np.ndarray]]]:
 
 
 def test_learning_curves_are_the_metrics(runs: list[Subject]) -> None:
-    """Against millions of control steps and minutes: each seed and the mean of both, before and
-    after; the oracle's batches have no after."""
+    """Against millions of control steps and minutes: each seed, and the mean of both run over up to
+    five iterations, before and after; the oracle's batches have no after."""
     figure = figures.curves_figure(runs)
     assert figure is not None
     left, right = figure.axes
@@ -210,7 +220,8 @@ def test_learning_curves_are_the_metrics(runs: list[Subject]) -> None:
     assert named == ["maml, before", "maml, after 1 step", "oracle"]
     metrics = [read_metrics(run.path / "metrics.csv") for run in runs[:2]]
     mean = np.mean([m["return_1"] for m in metrics], axis=0)
-    assert heights(left, "maml, after 1 step") == pytest.approx(list(mean))
+    running = [mean[: i + 1].mean() for i in range(3)]
+    assert heights(left, "maml, after 1 step") == pytest.approx(running)
     lines = [np.asarray(line.get_xydata()) for line in left.get_lines()]
     for one in metrics:
         expected = np.column_stack([np.array(one["env_steps"]) / 1e6, one["return_1"]])
@@ -219,22 +230,36 @@ def test_learning_curves_are_the_metrics(runs: list[Subject]) -> None:
     assert np.allclose(points(right, "maml, before")[:, 0], np.mean(seconds, axis=0) / 60)
 
 
-def test_trajectories_start_at_the_start_and_belong_to_their_goal(runs: list[Subject]) -> None:
-    """A row a goal, a column a step; every way begins at 0 and lies inside the square shown."""
-    outcomes = outcomes_of(runs, held_out(runs[0].family, 5))
-    figure = figures.trajectories_figure(runs, outcomes)
+def test_a_running_mean_is_over_five_iterations() -> None:
+    """0, 1, ... 9 become 0, .5, 1, 1.5, 2, 3, ... 7."""
+    across, up = figures.thick([(np.arange(10.0), np.arange(10.0)), (np.arange(12.0),) * 2])
+    assert across.tolist() == list(range(10))
+    assert up.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def test_trajectories_go_from_the_start_to_where_the_reward_says(runs: list[Subject]) -> None:
+    """A row a goal, a column a step. Each way begins at 0, has a point more than moves, and the
+    rewards are the distances of its points from the goal."""
+    family = runs[0].family
+    ways = ways_of(runs, outcomes_of(runs, held_out(family, 5), {}), 2)
+    figure = figures.trajectories_figure(ways, family)
     assert figure is not None
-    assert len(figure.axes) == 3 * 2
-    goals = outcomes[0].evaluation.tasks
+    assert len(figure.axes) == 2 * 2
     for panel, (axes, lines) in enumerate(panel_lines(figure)):
-        *ways, start, goal = lines
-        assert len(ways) == 3  # episodes
-        assert all(np.array_equal(way[0], (0, 0)) for way in ways)
-        assert len({way.tobytes() for way in ways}) == 3
+        row, column = divmod(panel, 2)
+        *paths, start, goal = lines
+        assert len(paths) == 3  # episodes
         assert np.allclose(start, 0)
-        assert np.allclose(goal, goals[panel // 2])
+        assert np.allclose(goal, ways.tasks[row])
         low, high = axes.get_xlim()
-        assert all((way >= low).all() and (way <= high).all() for way in ways)
+        for episode, path in enumerate(paths):
+            rewards = ways.episodes[column].rewards[row, episode].numpy()
+            live = ways.episodes[column].alive[row, episode].numpy()
+            assert np.array_equal(path[0], (0, 0))
+            far = np.linalg.norm(path[1:] - ways.tasks[row], axis=1)
+            np.testing.assert_allclose(-far, rewards[live], atol=1e-5)
+            assert (path >= low).all()
+            assert (path <= high).all()
 
 
 def test_other_families_have_no_trajectories(tmp_path: Path) -> None:
@@ -242,14 +267,26 @@ def test_other_families_have_no_trajectories(tmp_path: Path) -> None:
     experiment = load_experiment("half_cheetah_dir", **{**SETTINGS, "iterations": 1})
     meta_train(experiment, out=tmp_path / "run")
     (subject,) = load_subjects([tmp_path / "run"])
-    outcomes = outcomes_of([subject], held_out(subject.family, 2))
-    assert figures.trajectories_figure([subject], outcomes) is None
+    outcomes = outcomes_of([subject], held_out(subject.family, 2), {})
+    ways = ways_of([subject], outcomes, 1)
+    assert figures.trajectories_figure(ways, subject.family) is None
 
     class ThreeNumbers(Navigation2D):
         task_columns = (*Navigation2D.task_columns, Navigation2D.task_columns[0])
 
     none: list[MethodScores] = []
     assert figures.tasks_figure([], none, ThreeNumbers()) is None
+
+
+def test_a_ruined_policy_does_not_flatten_the_picture_of_tasks() -> None:
+    """What lies far below is an arrow at the edge, counted in the legend."""
+    family = HalfCheetahVel()
+    fallen = outcome(family, [-158.0, -900.0], method="pretrained", size=0.5)
+    outcomes = [outcome(family, [-150.0, -90.0]), fallen]
+    figure = figures.tasks_figure(outcomes, compare(outcomes, family), family)
+    assert figure is not None
+    assert -500 < figure.axes[0].get_ylim()[0] < -178
+    assert labels(figure.axes[1])[-1] == "40 lower, to -920"
 
 
 def test_without_matplotlib_what_to_install_is_said(

@@ -27,7 +27,8 @@ trpo = pytest.importorskip("sb3_contrib.trpo.trpo", reason="sb3-contrib is not i
 
 M, S, O, A = 3, 50, 4, 2  # noqa: E741  # the paper's letters
 HIDDEN = (9, 7)
-SETTINGS = TrustRegionSettings(max_kl=0.02, damping=0.01)
+# Few iterations, since theirs are in float32 and ours in float64, and the error grows with them.
+SETTINGS = TrustRegionSettings(max_kl=0.02, damping=0.01, cg_iterations=4)
 
 
 class Plane(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -71,7 +72,7 @@ def their_names() -> dict[str, str]:
 def test_search_direction_and_step_are_those_of_an_independent_trpo(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Same parameters, observations, actions and advantages, 10 conjugate gradient iterations.
+    """Same parameters, observations, actions and advantages, as many conjugate gradient iterations.
 
     Theirs takes the mean of the KL over action dimensions, where the KL is their sum: so bound and
     damping are divided by A, and its direction is A times ours. It starts conjugate gradient from
@@ -153,18 +154,12 @@ def test_search_direction_and_step_are_those_of_an_independent_trpo(
         name: part.reshape(parameters[name].shape) for name, part in zip(order, parts, strict=True)
     }
     after = {name: parameters[name].detach() for name in order}
-    # Conjugate gradient in float32 there, in float64 here.
     reference = in_our_order(theirs)
-    assert float((direction - reference).norm() / reference.norm()) < 1e-2
-    # Theirs bounds KL(new || old) and ours KL(old || new): at the bound the one may take a step
-    # back more than the other.
+    assert float((direction - reference).norm() / reference.norm()) < 1e-5
     step, other = ours - flat, in_our_order(after) - flat
-    backtracks = round(math.log(float(other.norm() / step.norm()), SETTINGS.backtrack_ratio))
-    assert abs(backtracks) <= 1
-    other /= SETTINGS.backtrack_ratio**backtracks
-    assert float((step - other).norm() / step.norm()) < 1e-2
+    assert float((step - other).norm() / step.norm()) < 1e-5
+    # Theirs measures KL(new || old), ours KL(old || new).
     theirs_kl = A * model.logger.name_to_value["train/kl_divergence_loss"]
-    theirs_kl /= SETTINGS.backtrack_ratio ** (2 * backtracks)
     assert math.isclose(report.kl, theirs_kl, rel_tol=0.1)
 
 

@@ -14,7 +14,7 @@ import pytest
 import envs
 from envs import HalfCheetahVel, Navigation2D
 from maml_rl.assess import Subject, load_subject
-from maml_rl.comparison import Outcome, compare
+from maml_rl.comparison import Comparison, Method, Outcome
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.evaluate import Evaluation
@@ -29,7 +29,7 @@ GOALS = np.array([[0.1, 0.2], [-0.6, 0.4], [0.5, -0.5]], np.float32)
 def outcome(
     returns: list[list[float]],
     *,
-    method: str = "maml",
+    method: Method = "maml",
     variant: str = "",
     seed: int = 0,
     step_size: float = 0.5,
@@ -101,8 +101,8 @@ def test_files_hold_every_figure_and_null_for_what_is_unknown(
     """Means 2 and 5 over tasks; one seed says nothing of runs, and no oracle of the gap."""
     outcomes = [outcome([[1, 2, 3], [4, 5, 6]]), outcome([[7, 8, 9]], method="random")]
     family = subject.family
-    scores = compare(outcomes, family)
-    write_results(tmp_path, outcomes, scores, [subject], {"checkpoint": "best"})
+    compared = Comparison.of(outcomes, family)
+    write_results(tmp_path, outcomes, compared, [subject], {"checkpoint": "best"})
     assert len(table(tmp_path)) == 9
     assert [float(r["return_mean"]) for r in table(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
@@ -132,7 +132,14 @@ def test_files_hold_every_figure_and_null_for_what_is_unknown(
     assert after["interval_95"][0] < 5 < after["interval_95"][1]
     assert after["interval_95_over_runs"] is None
     assert after["gap_closed"] is None
-    assert after["share_worse"] == 0.0
+    assert after["by_seed"] == [5]
+    assert (before["share_worse"], after["share_worse"]) == (None, 0.0)
+    (difference,) = json.loads(text)["differences"]
+    assert difference.pop("interval_95")[0] == pytest.approx(-3)
+    assert difference == {
+        **{"than": "random", "variant": "", "step_size": 0.5, "steps": 1, "difference": -3.0}
+    }
+    assert json.loads(text)["settings"]["maml"]["later_step_scale"] == 0.5
     assert after["by_task"] == {}
     assert [s["return"] for s in random["gradient_steps"]] == [8]
 
@@ -146,10 +153,10 @@ def test_runs_are_listed_with_what_their_training_took(subject: Subject, tmp_pat
     bare = tmp_path / "bare"
     bare.mkdir()
     outcomes = [outcome([[1, 2, 3]])]
-    scores = compare(outcomes, subject.family)
+    compared = Comparison.of(outcomes, subject.family)
     for path, seconds in ((subject.path, spent), (tmp_path, spent), (bare, 0.0)):
         there = Subject(subject.trained, "maml", path, subject.iterations, subject.env_steps, "v")
-        write_results(tmp_path, outcomes, scores, [there], {})
+        write_results(tmp_path, outcomes, compared, [there], {})
         assert json.loads((tmp_path / "summary.json").read_text())["runs"] == [
             {
                 "method": "maml",
@@ -167,10 +174,10 @@ def test_by_task_where_there_are_few(subject: Subject, tmp_path: Path) -> None:
     """Backward 2, forward 5, with their speeds."""
     tasks = np.array([[1.0], [-1.0]], np.float32)
     outcomes = [outcome([[5, 2]], tasks=tasks)]
-    scores = compare(outcomes, envs.make("half_cheetah_dir"))
+    compared = Comparison.of(outcomes, envs.make("half_cheetah_dir"))
     folder = tmp_path / "direction"
     meta_train(load_experiment("half_cheetah_dir", **{**SETTINGS, "iterations": 0}), out=folder)
-    write_results(tmp_path, outcomes, scores, [load_subject(folder)], {})
+    write_results(tmp_path, outcomes, compared, [load_subject(folder)], {})
     (method,) = json.loads((tmp_path / "summary.json").read_text())["methods"]
     assert method["gradient_steps"][0]["by_task"] == {
         "backward": {"return": 2.0, "velocity": 0.02},
@@ -184,15 +191,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_files(
 ) -> None:
     """Exit 3; half a table would pass for a whole one."""
     outcomes = [outcome([[1, 2, 3]])]
-    scores = compare(outcomes, subject.family)
-    write_results(tmp_path, outcomes, scores, [subject], {})
+    compared = Comparison.of(outcomes, subject.family)
+    write_results(tmp_path, outcomes, compared, [subject], {})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     many = [outcome([[1, 2, 3]] * 40)]
     with (
         files_at_most(1000),
         pytest.raises(RunStopped, match=f"cannot be written to {tmp_path}: ") as stopped,
     ):
-        write_results(tmp_path, many, scores, [subject], {})
+        write_results(tmp_path, many, compared, [subject], {})
     assert stopped.value.exit_code == 3
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -201,13 +208,14 @@ def test_results_go_into_the_run_or_beside_several(tmp_path: Path) -> None:
     """Or where they are told to."""
     one, two = tmp_path / "a" / "one", tmp_path / "b" / "two"
     one.mkdir(parents=True)
-    assert results_folder([one], None) == one / "evaluation"
-    assert results_folder([one, two], None) == tmp_path / "a" / "evaluation"
-    assert results_folder([one, two], tmp_path / "x" / "y") == tmp_path / "x" / "y"
+    assert results_folder([one], None, usual=True) == one / "evaluation"
+    assert results_folder([one, two], None, usual=True) == tmp_path / "a" / "evaluation"
+    assert results_folder([one, two], tmp_path / "x" / "y", usual=True) == tmp_path / "x" / "y"
     assert (tmp_path / "x" / "y").is_dir()
+    assert results_folder([one], None, usual=False) == one / "evaluation-custom"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"cannot write to .*file"):
-        results_folder([one], tmp_path / "file")
+        results_folder([one], tmp_path / "file", usual=True)
 
 
 def test_another_run_is_not_written_to_through_a_link(tmp_path: Path) -> None:
@@ -215,7 +223,7 @@ def test_another_run_is_not_written_to_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="link"):
-        results_folder([tmp_path / "run"], None)
+        results_folder([tmp_path / "run"], None, usual=True)
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -14,32 +14,32 @@ import tyro
 from rich.console import Console
 
 from envs import TaskFamily
-from maml_rl.assess import Subject, load_subject, load_subjects, outcomes_of, under_settings
+from maml_rl.assess import (
+    Subject,
+    load_subject,
+    load_subjects,
+    outcomes_of,
+    under_settings,
+    ways_of,
+)
 from maml_rl.benchmark import (
-    Benchmark,
-    base_experiment,
-    benchmark_words,
     check_plan,
     choose_step_sizes,
-    outcomes_with,
     plan,
     progress,
     tasks_to_test,
     train_planned,
 )
+from maml_rl.benchmark_file import Benchmark, base_experiment, benchmark_words
 from maml_rl.cli_shared import Importing, RunOptions, going_on, split_target
-from maml_rl.comparison import MethodScores, Outcome, compare
+from maml_rl.comparison import METHODS, Comparison, Outcome
 from maml_rl.config import find_file, shipped_benchmarks
 from maml_rl.errors import InputError
 from maml_rl.memory import check_memory
 from maml_rl.results import results_folder, write_results
-from maml_rl.settings import parse_with_tyro
+from maml_rl.settings import parse_options, parse_with_tyro
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
-from maml_rl.terminal import (
-    evaluation_notes,
-    evaluation_tables,
-    watching,
-)
+from maml_rl.terminal import evaluation_notes, evaluation_tables, watching
 from maml_rl.trained import check_device
 
 
@@ -98,21 +98,40 @@ def report_results(
     *,
     quiet: bool,
     notes: Mapping[str, object],
-) -> list[MethodScores]:
-    """Score tests, write them to `folder`, and print them."""
+    draw: bool,
+) -> None:
+    """Score tests, write them to `folder`, print them, and draw them if wanted."""
     family = subjects[0].family
-    scores = compare(outcomes, family)
-    write_results(folder, outcomes, scores, subjects, notes)
-    if quiet:
-        return scores
-    console.print()
-    for table in evaluation_tables(scores, family):
-        console.print(table)
-    text = f"{evaluation_notes(scores, family)} All figures: {folder}"
-    console.print(text, highlight=False, soft_wrap=True)
-    return scores
+    compared = Comparison.of(outcomes, family)
+    write_results(folder, outcomes, compared, subjects, notes)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    if not quiet:
+        console.print()
+        for table in evaluation_tables(compared, family):
+            console.print(table)
+        for note in evaluation_notes(compared, family):
+            say(note)
+        say(f"Written: {folder}")
+    if not draw:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        if not quiet:
+            say("Figures need matplotlib: pip install 'maml-rl[plot]'")
+        return
+    # Imported on demand: it is slow, and an extra.
+    from maml_rl import figures
+
+    ways = ways_of(subjects, outcomes, DRAWN_TASKS)
+    drawn = figures.draw(folder, subjects, outcomes, compared.scores, ways)
+    if not quiet:
+        say(f"Drawn, as PNG and SVG: {', '.join(drawn)}")
 
 
+DRAWN_TASKS = 3
+"""Whose episodes are drawn."""
 NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
 """What summary.json says where nothing else was asked for."""
 
@@ -122,14 +141,14 @@ def report_run(console: Console, run: Path, quiet: bool) -> None:
     subjects = load_subjects([run])
     settings = subjects[0].trained.experiment.evaluation
     subjects = under_settings(subjects, settings)
-    outcomes = outcomes_of(subjects, held_out(subjects[0].family, settings.tasks))
-    folder = results_folder([run], None)
-    report_results(console, subjects, outcomes, folder, quiet=quiet, notes=NEWEST)
+    outcomes = outcomes_of(subjects, held_out(subjects[0].family, settings.tasks), {})
+    folder = results_folder([run], None, usual=True)
+    report_results(console, subjects, outcomes, folder, quiet=quiet, notes=NEWEST, draw=False)
 
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl evaluate`."""
-    options = parse_with_tyro(EvaluateOptions, words, "maml-rl evaluate")
+    options = parse_options(EvaluateOptions, words, "maml-rl evaluate")
     if not options.run:
         raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
     with Importing(options.allow_import):
@@ -144,13 +163,14 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
             raise InputError(str(error)) from error
         subjects = under_settings(subjects, settings, oracle_steps=options.steps or 0)
         tasks = wanted_tasks(options, first.family, settings.tasks)
-        outcomes = outcomes_of(subjects, tasks, options.step_size)
-        folder = results_folder(options.run, options.out)
+        outcomes = outcomes_of(subjects, tasks, dict.fromkeys(METHODS, options.step_size))
+        plain = EvaluateOptions(run=options.run)
+        asked = dataclasses.replace(options, out=None, quiet=False, allow_import=False)
+        folder = results_folder(options.run, options.out, usual=asked == plain)
         notes = {"checkpoint": options.checkpoint}
-        scores = report_results(
-            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes
+        report_results(
+            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes, draw=True
         )
-        draw_figures(console, folder, subjects, outcomes, scores, options.quiet)
 
 
 def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> TaskSet:
@@ -175,34 +195,15 @@ def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> Ta
     return given[0][1]() if given else held_out(family, count)
 
 
-def draw_figures(
-    console: Console,
-    folder: Path,
-    subjects: Sequence[Subject],
-    outcomes: Sequence[Outcome],
-    scores: Sequence[MethodScores],
-    quiet: bool,
-) -> None:
-    """Draw every figure there is of a test into its folder, if matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        if not quiet:
-            console.print("Figures need matplotlib: pip install 'maml-rl[plot]'", soft_wrap=True)
-        return
-    # Imported on demand: it is slow, and an extra.
-    from maml_rl import figures
-
-    drawn = figures.draw(folder, subjects, outcomes, scores)
-    if not quiet:
-        console.print(f"Drawn, as PNG and SVG: {', '.join(drawn)}", highlight=False, soft_wrap=True)
-
-
 def benchmark_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl benchmark`."""
     target, flags = split_target(words, "FILE", "maml-rl benchmark benchmark_navigation")
     file = find_file(target, shipped_benchmarks(), "benchmark")
     of_command = [f.name for f in dataclasses.fields(BenchmarkOptions)]
     sorted_words = benchmark_words(file, flags, ignored=of_command)
-    parsed = parse_with_tyro(BenchmarkCommand, sorted_words.ours, f"maml-rl benchmark {target}")
+    parsed = parse_with_tyro(
+        BenchmarkCommand, sorted_words.benchmark, f"maml-rl benchmark {target}"
+    )
     benchmark, options = parsed.benchmark, parsed.options
     out = options.out or Path("runs") / benchmark.name
 
@@ -226,14 +227,14 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
             loaded = [load_subject(given.get(one.name, one.path)) for one in planned]
             subjects = under_settings(loaded, base.evaluation)
             sizes = choose_step_sizes(benchmark, subjects, say)
-            outcomes = outcomes_with(tasks_to_test(benchmark, base), subjects, sizes)
-        folder = results_folder([], out)
-        notes = {
-            **NEWEST,
-            "benchmark": dataclasses.asdict(benchmark),
-            "step_sizes": {name: dataclasses.asdict(size) for name, size in sizes.items()},
-        }
-        scores = report_results(
-            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes
-        )
-        draw_figures(console, folder, subjects, outcomes, scores, options.quiet)
+            tried = {method: size.tried for method, size in sizes.items()}
+            outcomes = outcomes_of(subjects, tasks_to_test(benchmark, base), tried)
+            notes = {
+                **NEWEST,
+                "benchmark": dataclasses.asdict(benchmark),
+                "step_sizes": {name: dataclasses.asdict(size) for name, size in sizes.items()},
+            }
+            folder = results_folder([], out, usual=True)
+            report_results(
+                console, subjects, outcomes, folder, quiet=options.quiet, notes=notes, draw=True
+            )
