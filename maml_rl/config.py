@@ -157,7 +157,7 @@ def find_file(name: str, shipped: Mapping[str, Path], what: str) -> Path:
     with contextlib.suppress(OSError):
         if path.is_file():
             return path
-        if path.is_dir():
+        if path.is_dir() and name not in shipped:
             raise refusal(f"{name!r} is a folder; expected a YAML file, such as its config.yaml")
     if name in shipped:
         return shipped[name]
