@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maml_rl.paper import paper_returns
+from maml_rl.terminal import step_words
 
 RESULTS = Path(__file__).parent
 FILES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
@@ -31,11 +32,6 @@ def summary(folder: str) -> Summary:
     """Return a test's summary."""
     found: Summary = json.loads((RESULTS / folder / "summary.json").read_text(encoding="utf-8"))
     return found
-
-
-def step_words(steps: int) -> str:
-    """Return a number of gradient steps in words."""
-    return "before adapting" if steps == 0 else f"after {steps} gradient step{'s' * (steps > 1)}"
 
 
 def with_interval(step: Summary) -> str:
@@ -81,25 +77,53 @@ def quickstarts() -> str:
 
 
 def benchmark(family: str) -> str:
-    """Return the table of a benchmark, with the paper's rows below ours."""
+    """Return the table of a benchmark, with the paper's rows below ours, and what follows."""
     found = summary(f"benchmark_{family}")
-    sizes = found["step_sizes"]
     rows = []
     for one in found["methods"]:
-        method, steps = one["method"], one["gradient_steps"]
-        label = method
-        if method in sizes:
-            own, best = sizes[method]["own"], sizes[method]["best"]
-            label += f", step size {one['step_size']:g}"
-            if one["step_size"] == best != own:
-                label += " (best on validation tasks)"
+        steps = one["gradient_steps"]
         gaps = [step["gap_closed"] for step in steps[1:]]
         closed = " / ".join(f"{gap:.2f}" for gap in gaps if gap is not None)
         cells = [with_interval(step) for step in steps]
-        rows.append([label, *cells, *[""] * (4 - len(cells)), closed])
+        rows.append([label(one, found), *cells, *[""] * (4 - len(cells)), closed])
     rows += papers_rows(family)
     head = ["method", "before", "1 step", "2 steps", "3 steps", "gap closed after 1 / 2 / 3"]
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), differences(found), *over_oracle(found, family)])
+
+
+def label(one: Summary, found: Summary) -> str:
+    """Return a method's name with its step size, and whether that was chosen."""
+    method = one["method"]
+    if method not in found["step_sizes"]:
+        return str(method)
+    own, best = found["step_sizes"][method]["own"], found["step_sizes"][method]["best"]
+    chosen = " (best on validation tasks)" if one["step_size"] == best != own else ""
+    return f"{method}, step size {one['step_size']:g}{chosen}"
+
+
+def differences(found: Summary) -> str:
+    """Return how much more the first method returns than each other, task by task."""
+    first = found["methods"][0]
+    rows: dict[str, list[str]] = {}
+    for one in found["differences"]:
+        other = {"method": one["than"], "step_size": one["step_size"]}
+        low, high = one["interval_95"]
+        rows.setdefault(label(other, found), []).append(
+            f"{one['difference']:.1f} ({low:.1f} to {high:.1f})"
+        )
+    head = [f"{label(first, found)}, minus", "1 step", "2 steps", "3 steps"]
+    return table(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def over_oracle(found: Summary, family: str) -> Iterator[str]:
+    """Yield the share of the oracle's return that maml reaches, where returns are above 0."""
+    oracle = next(one for one in found["methods"] if one["method"] == "oracle")
+    best = oracle["gradient_steps"][0]["return"]
+    after = found["methods"][0]["gradient_steps"][1]["return"]
+    points = paper_returns(family)
+    theirs = points["maml"][1].mean / points["oracle"][0].mean
+    if best > 0:
+        yield f"MAML over oracle after one step: {after / best:.2f}, the paper's {theirs:.2f}."
 
 
 def papers_rows(family: str) -> Iterator[list[str]]:
@@ -115,22 +139,25 @@ def papers_rows(family: str) -> Iterator[list[str]]:
 
 
 def training() -> str:
-    """Return what the benchmarks' runs took."""
+    """Return what the benchmarks' runs took, and what each seed reached by its own step size."""
     rows = []
     for family in BENCHMARKS:
-        for run in summary(f"benchmark_{family}")["runs"]:
-            if not run["iterations"]:
-                continue
+        found = summary(f"benchmark_{family}")
+        for run in found["runs"]:
+            steps = next(m for m in found["methods"] if m["method"] == run["method"])
+            place = steps["seeds"].index(run["seed"])
+            reached = [f"{step['by_seed'][place]:.1f}" for step in steps["gradient_steps"]]
             rows.append(
                 [
-                    family,
-                    f"[{run['run']}](benchmark_{family}/{run['run']})",
+                    f"[{family}, {run['run']}](benchmark_{family}/{run['run']})",
                     str(run["iterations"]),
                     f"{run['env_steps'] / 1e6:.1f}",
                     f"{run['seconds'] / 60:.0f}",
+                    " / ".join(reached),
                 ]
             )
-    return table(["family", "run", "iterations", "million control steps", "minutes"], rows)
+    head = ["run", "iterations", "million control steps", "minutes", "return after 0 / 1 / 2 / 3"]
+    return table(head, rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
