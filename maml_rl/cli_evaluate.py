@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from envs import TaskFamily
+from envs import Navigation2D, TaskFamily
 from maml_rl.assess import (
     Subject,
     load_subject,
@@ -124,14 +124,15 @@ def report_results(
     # Imported on demand: it is slow, and an extra.
     from maml_rl import figures
 
-    ways = ways_of(subjects, outcomes, DRAWN_TASKS)
+    plane = isinstance(family, Navigation2D)
+    ways = ways_of(subjects, outcomes, DRAWN_TASKS) if plane else None
     drawn = figures.draw(folder, subjects, outcomes, compared.scores, ways)
     if not quiet:
         say(f"Drawn, as PNG and SVG: {', '.join(drawn)}")
 
 
 DRAWN_TASKS = 3
-"""Whose episodes are drawn."""
+"""Of navigation, whose episodes are drawn."""
 NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
 """What summary.json says where nothing else was asked for."""
 
@@ -213,6 +214,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
 
     with Importing(options.allow_import):
         base = base_experiment(benchmark, sorted_words, file)
+        tasks = tasks_to_test(benchmark, base)
         planned = plan(benchmark, base, out)
         for one in planned:
             check_device(one.experiment.device)
@@ -228,7 +230,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
             subjects = under_settings(loaded, base.evaluation)
             sizes = choose_step_sizes(benchmark, subjects, say)
             tried = {method: size.tried for method, size in sizes.items()}
-            outcomes = outcomes_of(subjects, tasks_to_test(benchmark, base), tried)
+            outcomes = outcomes_of(subjects, tasks, tried)
             notes = {
                 **NEWEST,
                 "benchmark": dataclasses.asdict(benchmark),

@@ -85,7 +85,7 @@ def draw(
     subjects: Sequence[Subject],
     outcomes: Sequence[Outcome],
     scores: Sequence[MethodScores],
-    ways: Ways,
+    ways: Ways | None,
 ) -> list[str]:
     """Draw every figure that there is something for, and return their names.
 
@@ -94,7 +94,7 @@ def draw(
         subjects: the policies tested, of one family.
         outcomes: their tests.
         scores: what those come to.
-        ways: the episodes of some of the tasks.
+        ways: the episodes of some of navigation's tasks.
 
     Raises:
         RunStopped: if they cannot be written.
@@ -105,7 +105,7 @@ def draw(
             "returns": returns_figure(scores, family, outcomes[0].evaluation.tasks),
             "learning_curves": curves_figure(subjects),
             "tasks": tasks_figure(outcomes, scores, family),
-            "trajectories": trajectories_figure(ways, family),
+            "trajectories": None if ways is None else trajectories_figure(ways, family),
         }
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         try:
@@ -406,10 +406,9 @@ def spread_out(tasks: npt.NDArray[np.float32], finite: npt.NDArray[np.float32]) 
     return spots
 
 
-def trajectories_figure(ways: Ways, family: TaskFamily) -> Figure | None:
-    """Navigation's ways before and after each step, a row a goal; None for other families."""
-    if not isinstance(family, Navigation2D):
-        return None
+def trajectories_figure(ways: Ways, family: TaskFamily) -> Figure:
+    """Navigation's ways before and after each step, a row a goal."""
+    assert isinstance(family, Navigation2D), "only its tasks are points of a plane"
     paths = [
         [
             [way(step, row, e, family.max_move) for e in range(step.rewards.shape[1])]
