@@ -23,7 +23,8 @@ from gymnasium.vector import AutoresetMode
 
 import envs
 from envs import FAMILIES, FamilyError, Transition, Worlds
-from envs.gymnasium_env import FamilyEnv, FamilyVectorEnv, open_camera
+from envs.cameras import open_camera
+from envs.gymnasium_env import FamilyEnv, FamilyVectorEnv
 from envs.locomotion import LocomotionWorlds
 
 LOCOMOTION = ["HalfCheetahVel", "HalfCheetahDir", "AntVel", "AntDir"]
