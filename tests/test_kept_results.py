@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from maml_rl.config import load_experiment
+from maml_rl.paper import paper_returns
 from maml_rl.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +79,17 @@ def test_navigation_reaches_the_papers_return_after_one_step() -> None:
     spent = {run["env_steps"] for run in found["runs"] if run["iterations"]}
     # Episodes end early, so the control steps of whole episodes differ a little.
     assert max(spent) < 1.02 * min(spent)
+
+
+@pytest.mark.parametrize("family", ["half_cheetah_vel", "half_cheetah_dir"])
+def test_cheetahs_are_compared_on_one_budget_and_the_papers_tasks(family: str) -> None:
+    """Equal control steps, to the last; adapting is worth more than its interval; and the oracle
+    is no worse than the paper's by more than its own."""
+    found = json.loads((RESULTS / f"benchmark_{family}" / "summary.json").read_text())
+    assert len({run["env_steps"] for run in found["runs"] if run["iterations"]}) == 1
+    assert {one["tasks"] for one in found["methods"]} == {"paper"}
+    before, after = found["methods"][0]["gradient_steps"][:2]
+    assert after["return"] > before["interval_95"][1]
+    (oracle,) = (one for one in found["methods"] if one["method"] == "oracle")
+    theirs = paper_returns(family)["oracle"][0].mean
+    assert oracle["gradient_steps"][0]["interval_95"][1] > theirs
