@@ -128,7 +128,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
     with Importing(allowed):
         file = find_experiment(target)
         tree = read_yaml(file)
-        if "experiment" in tree and "family" not in tree:
+        if isinstance(tree.get("experiment"), str) and "family" not in tree:
             raise refusal(f"{file} is a benchmark: maml-rl benchmark {file}")
         family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 

@@ -371,6 +371,7 @@ SAVE_UNTIL_KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     """100 kills at random instants: none unloadable, and no save that was finished is lost."""
     done = subprocess.run(

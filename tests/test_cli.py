@@ -108,6 +108,7 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(
     assert sorted(p.name for p in elsewhere.rglob("*")) == ["file", "taken"]
 
 
+@pytest.mark.slow
 def test_bad_input_for_an_existing_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Negative steps and totals, a folder that cannot be made, brackets in a name: no traceback."""
     assert run(["train", "navigation", *TINY, "--out", "a[/b]", "--quiet"]) == 0
@@ -161,6 +162,7 @@ def test_list_shows_families_fields_units_and_experiments(
         assert name in out
 
 
+@pytest.mark.slow
 def test_code_of_the_users_own_is_imported_only_when_allowed(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -451,6 +451,7 @@ def test_tensorboards_files_are_in_order_whatever_the_clock_says(
     assert [step for step, _ in points(tmp_path / "run")] == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_be_written_does_not_stop_training(tmp_path: Path) -> None:
     """Its log on a full disk, or a pipe that nobody reads any more."""
     command = [sys.executable, "-m", "maml_rl", "train", "navigation", *flags(), "--out"]

@@ -85,6 +85,7 @@ def words(path: Path) -> str:
     return "\n".join(re.findall(r">([^<>]+)</(?:text|tspan)>", path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_twice_and_the_same_again(
     runs: list[Subject], tmp_path: Path
 ) -> None:

@@ -367,6 +367,7 @@ def resident_megabytes() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_from_iteration_to_iteration() -> None:
     """20 iterations of navigation after a warm-up of 5: the process grows by less than 8 MB, where
     keeping the episodes of every one would take 13 MB."""
