@@ -50,10 +50,10 @@ def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, li
     return words[0], list(words[1:])
 
 
-def command_line(command: str, target: Path, options: RunOptions, *more: str) -> str:
+def command_line(command: str, target: Path, options: RunOptions) -> str:
     """Return what to type for a command on a file or folder."""
     allow = ["--allow-import"] if options.allow_import else []
-    return shlex.join(["maml-rl", command, str(target), *more, *allow])
+    return shlex.join(["maml-rl", command, str(target), *allow])
 
 
 @contextmanager

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
 from envs import HalfCheetahDir, Navigation2D
-from maml_rl.comparison import MAML, PRETRAINED, Comparison, Method, Outcome, compare
+from maml_rl.comparison import MAML, PRETRAINED, Comparison, compare
 from maml_rl.errors import InputError
-from maml_rl.evaluate import Evaluation
+from tests.outcomes import outcome as hand_made
 
 NAVIGATION = Navigation2D(horizon=6)
 GOALS = np.array([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.5], [0.0, 0.25]], np.float32)
 
 
-def outcome(
-    returns: list[list[float]],
-    *,
-    method: Method = "maml",
-    variant: str = "",
-    seed: int = 0,
-    step_size: float = 0.5,
-    source: str = "test",
-    tasks: np.ndarray = GOALS,
-    goal_range: float = 0.5,
-) -> Outcome:
-    """A test whose measure is a hundredth of its return."""
-    array = np.array(returns)
-    outside = (np.abs(tasks) > goal_range).any(1)
-    evaluation = Evaluation(tasks, array, array * 0 + 2.0, array[..., None] / 100, episodes=7)
-    return Outcome(method, variant, seed, step_size, source, evaluation, outside)
+outcome = functools.partial(hand_made, tasks=GOALS)
 
 
 def test_figures_by_hand() -> None:
@@ -117,7 +103,7 @@ def test_one_chosen_task_of_a_finite_family() -> None:
 
 def test_tasks_beyond_those_trained_on_are_counted() -> None:
     """Goals in a square of .3 m: two of four lie outside."""
-    (scores,) = compare([outcome([[1, 2, 3, 4]], goal_range=0.3)], NAVIGATION)
+    (scores,) = compare([outcome([[1, 2, 3, 4]], family=Navigation2D(goal_range=0.3))], NAVIGATION)
     assert scores.outside_training == 2
 
 

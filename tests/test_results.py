@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 import envs
 from envs import HalfCheetahVel, Navigation2D
 from maml_rl.assess import Subject, load_subject
-from maml_rl.comparison import Comparison, Method, Outcome
+from maml_rl.comparison import Comparison
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
-from maml_rl.evaluate import Evaluation
 from maml_rl.results import long_form, results_folder, write_results
 from maml_rl.train import meta_train
 from tests.conftest import files_at_most
+from tests.outcomes import outcome as hand_made
 from tests.tiny import SETTINGS
 
 GOALS = np.array([[0.1, 0.2], [-0.6, 0.4], [0.5, -0.5]], np.float32)
 
 
-def outcome(
-    returns: list[list[float]],
-    *,
-    method: Method = "maml",
-    variant: str = "",
-    seed: int = 0,
-    step_size: float = 0.5,
-    source: str = "test",
-    tasks: npt.NDArray[np.float32] = GOALS,
-) -> Outcome:
-    """A test whose measure is a hundredth of its return, and its spread a tenth."""
-    array = np.array(returns)
-    evaluation = Evaluation(tasks, array, array / 10, array[..., None] / 100, episodes=7)
-    family = Navigation2D() if tasks.shape[1] == 2 else HalfCheetahVel()
-    outside = family.outside_training(tasks)
-    return Outcome(method, variant, seed, step_size, source, evaluation, outside)
+outcome = functools.partial(hand_made, tasks=GOALS)
 
 
 @pytest.fixture(scope="module")
