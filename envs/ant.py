@@ -18,6 +18,7 @@ from envs.locomotion import (
     DirectionGoal,
     LocomotionFamily,
     SpeedGoal,
+    View,
     add_sensors,
     load_asset,
 )
@@ -103,6 +104,9 @@ class Ant(LocomotionFamily):
     """MuJoCo's solimp (dmin, dmax, width in m) of the soft contact."""
 
     paper_sensors: ClassVar[tuple[str, ...]] = (CENTER_OF_MASS, *AXES)
+    ending: ClassVar[str] = "fell"
+    ending_is_failure: ClassVar[bool] = True
+    view: ClassVar[View] = View(4.5, -20.0, 0.4, 1.4)
     protocols: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
             "frame_skip": 1,

@@ -159,6 +159,10 @@ class TaskFamily(ABC):
     """The Q numbers that reports show beside returns."""
     training_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide only which tasks training draws, and no return on any of them."""
+    ending: ClassVar[str] = "ended"
+    """What a body has done whose episode ends early: "fell" in "fell at 1.3 s"."""
+    ending_is_failure: ClassVar[bool] = False
+    """Whether that is a failure, which videos show in grey."""
 
     def __post_init__(self) -> None:
         """Check what every family shares; subclasses call this last."""
@@ -196,6 +200,20 @@ class TaskFamily(ABC):
         return 1.0
 
     @property
+    def shown_seconds(self) -> float:
+        """Seconds of video that a control step takes; 25 a second where time is not physical."""
+        return 1 / 25
+
+    @property
+    def shown_mean_steps(self) -> int:
+        """Control steps that a measure is averaged over when it is shown as it is now."""
+        return 1
+
+    def moment(self, steps: int) -> str:
+        """Return when something is, so many control steps after the start, in words."""
+        return f"step {steps}"
+
+    @property
     def world_bytes(self) -> int:
         """Memory that one world takes at the least, bytes; 0 where that is not known."""
         return 0
@@ -208,6 +226,14 @@ class TaskFamily(ABC):
     @abstractmethod
     def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Draw `count` tasks, (count, P)."""
+
+    def spread_tasks(self, count: int) -> npt.NDArray[np.float32]:
+        """Return tasks to show, spread over the family's range, (about `count`, P).
+
+        All of finitely many; else drawn, unless the family knows better.
+        """
+        finite = self.finite_tasks
+        return self.sample_tasks(count, np.random.default_rng(0)) if finite is None else finite
 
     def check_task(self, task: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return one task as (P,) float32.

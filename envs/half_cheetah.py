@@ -17,6 +17,7 @@ from envs.locomotion import (
     DirectionGoal,
     LocomotionFamily,
     SpeedGoal,
+    View,
     add_sensors,
     load_asset,
 )
@@ -67,6 +68,7 @@ class HalfCheetah(LocomotionFamily):
     """Mass of the whole body, kg."""
 
     paper_sensors: ClassVar[tuple[str, ...]] = (CENTER_OF_MASS,)
+    view: ClassVar[View] = View(3.2, -12.0, 0.55, 1.35)
     protocols: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
             "frame_skip": 1,

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import mujoco
 import numpy as np
@@ -88,6 +88,19 @@ VELOCITIES: Mapping[str, Callable[[CpuPhysics, Tensor, float], Tensor]] = {
 }
 
 
+class View(NamedTuple):
+    """Where a body is looked at from; its camera follows the torso along the ground."""
+
+    distance: float
+    """m."""
+    elevation: float
+    """Degrees, negative from above."""
+    height: float
+    """Of the point looked at, m."""
+    arrows: float
+    """Height of the arrows of wanted and present velocity, m."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocomotionFamily(TaskFamily):
     """A MuJoCo body that is asked to move along x.
@@ -124,6 +137,8 @@ class LocomotionFamily(TaskFamily):
     """For each protocol, the values of the fields it decides."""
     paper_sensors: ClassVar[tuple[str, ...]]
     """Names of the torso's sensors in the `paper` observation."""
+    view: ClassVar[View] = View(4.0, -20.0, 0.5, 1.2)
+    """Of pictures."""
 
     def __post_init__(self) -> None:
         """Fill what the protocol decides, then check ranges."""
@@ -146,6 +161,20 @@ class LocomotionFamily(TaskFamily):
     def control_seconds(self) -> float:
         """Seconds of simulated time in one control step."""
         return decided(self.frame_skip) * decided(self.timestep)
+
+    @property
+    def shown_seconds(self) -> float:
+        """Seconds of video that a control step takes: those of the simulation."""
+        return self.control_seconds
+
+    @property
+    def shown_mean_steps(self) -> int:
+        """Control steps in half a second: a body's velocity swings with every stride."""
+        return max(1, round(0.5 / self.control_seconds))
+
+    def moment(self, steps: int) -> str:
+        """Return when something is, so many control steps after the start, in seconds."""
+        return f"{steps * self.control_seconds:.1f} s"
 
     @property
     def world_bytes(self) -> int:
@@ -177,6 +206,10 @@ class LocomotionFamily(TaskFamily):
             actions: (N, A) clipped, in units of the bound.
             tasks: (N, P).
         """
+
+    def wanted_velocity(self, task: npt.NDArray[np.float32]) -> float | None:
+        """Return the x velocity that a task (P,) asks for, m/s; None where it asks for none."""
+        return None
 
     def terminated(self, physics: CpuPhysics) -> Tensor:
         """Return (N,) bool: the present state ends the episode. Never, unless overridden."""
@@ -236,6 +269,20 @@ class SpeedGoal(LocomotionFamily):
         """Draw wanted speeds uniformly, (count, 1)."""
         return rng.uniform(self.speed_low, self.speed_high, (count, 1)).astype(np.float32)
 
+    def spread_tasks(self, count: int) -> npt.NDArray[np.float32]:
+        """Return the middles of `count` equal parts of the range, (count, 1)."""
+        middles = (np.arange(count) + 0.5) / count
+        speeds = self.speed_low + (self.speed_high - self.speed_low) * middles
+        return speeds.astype(np.float32)[:, None]
+
+    def describe_task(self, task: npt.ArrayLike) -> str:
+        """Return the wanted speed in words."""
+        return f"wanted {self.check_task(task)[0]:.2f} m/s"
+
+    def wanted_velocity(self, task: npt.NDArray[np.float32]) -> float | None:
+        """Return the wanted speed, m/s."""
+        return float(task[0])
+
     def outside_training(self, tasks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         """Return which speeds are slower or faster than any that is drawn, (T,)."""
         speeds = tasks[:, 0]
@@ -285,6 +332,10 @@ class DirectionGoal(LocomotionFamily):
     def describe_task(self, task: npt.ArrayLike) -> str:
         """Return "forward" or "backward"."""
         return DIRECTION_WORDS[float(self.check_task(task)[0])]
+
+    def wanted_velocity(self, task: npt.NDArray[np.float32]) -> float | None:
+        """Return 2 m/s the wanted way, to be drawn: as fast as it can is asked for."""
+        return 2.0 * float(task[0])
 
     def wanted_measures(self, measures: Tensor, tasks: Tensor) -> Tensor:
         """Return velocity the wanted way, m/s."""

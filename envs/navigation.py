@@ -48,6 +48,7 @@ class Navigation2D(TaskFamily):
         Column("distance", "m", "distance to the goal after the move"),
     )
     training_fields: ClassVar[frozenset[str]] = frozenset({"goal_range"})
+    ending: ClassVar[str] = "there"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -74,6 +75,17 @@ class Navigation2D(TaskFamily):
     def sample_tasks(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Draw goals uniformly from the square, (count, 2)."""
         return rng.uniform(-self.goal_range, self.goal_range, (count, 2)).astype(np.float32)
+
+    def spread_tasks(self, count: int) -> npt.NDArray[np.float32]:
+        """Return `count` goals, evenly round a circle of .8 of the range, (count, 2)."""
+        angles = np.pi / 4 + 2 * np.pi * np.arange(count) / count
+        goals = 0.8 * self.goal_range * np.stack([np.cos(angles), np.sin(angles)], 1)
+        return goals.astype(np.float32)
+
+    def describe_task(self, task: npt.ArrayLike) -> str:
+        """Return the goal in words."""
+        x, y = self.check_task(task)
+        return f"goal ({x:.2f}, {y:.2f}) m"
 
     def outside_training(self, tasks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         """Return which goals lie outside the square, (T,)."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from envs.family import TaskFamily
+from maml_rl.adapt import Params
 from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method, Outcome
 from maml_rl.config import Experiment, as_tree
 from maml_rl.episodes import Episodes
@@ -141,7 +142,7 @@ def evaluate_policy(
     *,
     tasks: TaskSet | None = None,
     step_size: float | None = None,
-    see: Callable[[Episodes], object] = lambda _: None,
+    see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
     """Test a policy by its experiment's evaluation settings.
 
@@ -149,7 +150,7 @@ def evaluate_policy(
         trained: the policy.
         tasks: to use in place of the test tasks.
         step_size: of the first update, in place of alpha.
-        see: is given the episodes of each step.
+        see: is given parameters (T, ...) and episodes of each step.
 
     Raises:
         InputError: for a step size out of its range.
@@ -304,5 +305,10 @@ def ways_of(subjects: Sequence[Subject], outcomes: Sequence[Outcome], tasks: int
     outcome = tested[subject.method, subject.variant, subject.seed]
     first = TaskSet(outcome.source, outcome.evaluation.tasks[:tasks])
     seen: list[Episodes] = []
-    evaluate_policy(subject.trained, tasks=first, step_size=outcome.step_size, see=seen.append)
+    evaluate_policy(
+        subject.trained,
+        tasks=first,
+        step_size=outcome.step_size,
+        see=lambda _, episodes: seen.append(episodes),
+    )
     return Ways(outcome, first.tasks, seen)

@@ -24,6 +24,7 @@ import envs
 from envs import TaskFamily
 from maml_rl import speed
 from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
+from maml_rl.cli_render import render_after, render_command, report_command
 from maml_rl.cli_shared import Importing, RunOptions, Switch, command_line, going_on, split_target
 from maml_rl.config import (
     Experiment,
@@ -56,6 +57,8 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
   maml-rl resume RUN           go on with an interrupted run, or extend a finished one
   maml-rl evaluate RUN...      test policies: return against gradient steps, with figures
   maml-rl benchmark FILE       train and test a meta-policy and its baselines side by side
+  maml-rl render RUN           videos of a policy before and after each gradient step
+  maml-rl report RUN...        one HTML page of a run, a benchmark, or several runs
   maml-rl inspect RUN          what a run or a checkpoint holds, and whether it is whole
   maml-rl replay DUMP          see again a simulation that broke down in training
   maml-rl list                 task families, their settings, and the experiments that ship
@@ -73,6 +76,8 @@ class TrainOptions(RunOptions):
     """The run folder; by default runs/NAME-seedS, or the next free number."""
     init: Path | None = None
     """A run whose latest parameters to start from."""
+    render: Switch = False
+    """Render videos when training is done, and put the film strips into TensorBoard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,8 @@ class ResumeOptions(RunOptions):
     """The run folder."""
     iterations: int | None = None
     """A new total of iterations."""
+    render: Switch = False
+    """Render videos when training is done, and put the film strips into TensorBoard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,8 @@ def train_command(words: Sequence[str], console: Console) -> None:
             with watching(console, options.quiet) as watch:
                 meta_train(experiment, out=path, init=options.init, watch=watch)
             report_run(console, path, options.quiet)
+            if options.render:
+                render_after(console, [path], quiet=options.quiet)
     if not options.quiet:
         console.print(f"Run folder: {path}", highlight=False, soft_wrap=True)
 
@@ -183,6 +192,8 @@ def resume_command(words: Sequence[str], console: Console) -> None:
         with watching(console, options.quiet) as watch:
             resume(options.run, iterations=options.iterations, watch=watch)
         report_run(console, options.run, options.quiet)
+        if options.render:
+            render_after(console, [options.run], quiet=options.quiet)
 
 
 def inspect_command(words: Sequence[str], console: Console) -> None:
@@ -252,6 +263,8 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Console], None]] = {
     "resume": resume_command,
     "evaluate": evaluate_command,
     "benchmark": benchmark_command,
+    "render": render_command,
+    "report": report_command,
     "inspect": inspect_command,
     "replay": replay_command,
     "list": list_command,

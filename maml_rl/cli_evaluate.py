@@ -31,12 +31,13 @@ from maml_rl.benchmark import (
     train_planned,
 )
 from maml_rl.benchmark_file import Benchmark, base_experiment, benchmark_words
-from maml_rl.cli_shared import Importing, RunOptions, going_on, split_target
+from maml_rl.cli_render import render_after
+from maml_rl.cli_shared import Importing, RunOptions, Switch, going_on, split_target
 from maml_rl.comparison import METHODS, Comparison, Outcome
 from maml_rl.config import find_file, shipped_benchmarks
 from maml_rl.errors import InputError
 from maml_rl.memory import check_memory
-from maml_rl.results import results_folder, write_results
+from maml_rl.results import NEWEST, results_folder, write_own_test, write_results
 from maml_rl.settings import parse_options, parse_with_tyro
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
 from maml_rl.terminal import evaluation_notes, evaluation_tables, watching
@@ -67,6 +68,9 @@ class EvaluateOptions(RunOptions):
     """A task of your own, the numbers of one joined by commas (0.3,-0.2); may be repeated."""
     tasks_from: tuple[float, float] | None = None
     """Tasks drawn between two numbers, such as speeds that were never trained."""
+    render: Switch = False
+    """Render videos of every run too, into RUN/video, of the tasks of your own where you gave
+    any; see `maml-rl render`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +102,8 @@ def report_results(
     *,
     quiet: bool,
     notes: Mapping[str, object],
-    draw: bool,
 ) -> None:
-    """Score tests, write them to `folder`, print them, and draw them if wanted."""
+    """Score tests, write them to `folder`, print them, and draw them."""
     family = subjects[0].family
     compared = Comparison.of(outcomes, family)
     write_results(folder, outcomes, compared, subjects, notes)
@@ -109,14 +112,7 @@ def report_results(
         console.print(text, highlight=False, soft_wrap=True)
 
     if not quiet:
-        console.print()
-        for table in evaluation_tables(compared, family):
-            console.print(table)
-        for note in evaluation_notes(compared, family):
-            say(note)
-        say(f"Written: {folder}")
-    if not draw:
-        return
+        show_results(console, compared, family, folder)
     if importlib.util.find_spec("matplotlib") is None:
         if not quiet:
             say("Figures need matplotlib: pip install 'maml-rl[plot]'")
@@ -133,18 +129,24 @@ def report_results(
 
 DRAWN_TASKS = 3
 """Of navigation, whose episodes are drawn."""
-NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
-"""What summary.json says where nothing else was asked for."""
+
+
+def show_results(console: Console, compared: Comparison, family: TaskFamily, folder: Path) -> None:
+    """Print what tests come to, and where they are."""
+    console.print()
+    for table in evaluation_tables(compared, family):
+        console.print(table)
+    for note in [*evaluation_notes(compared, family), f"Written: {folder}"]:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def report_run(console: Console, run: Path, quiet: bool) -> None:
     """Test a run that has just been trained, by its experiment's own settings."""
-    subjects = load_subjects([run])
-    settings = subjects[0].trained.experiment.evaluation
-    subjects = under_settings(subjects, settings)
-    outcomes = outcomes_of(subjects, held_out(subjects[0].family, settings.tasks), {})
-    folder = results_folder([run], None, usual=True)
-    report_results(console, subjects, outcomes, folder, quiet=quiet, notes=NEWEST, draw=False)
+    subject = load_subject(run)
+    outcomes = write_own_test(subject)
+    if not quiet:
+        compared = Comparison.of(outcomes, subject.family)
+        show_results(console, compared, subject.family, results_folder([run], None, usual=True))
 
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
@@ -166,12 +168,21 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         tasks = wanted_tasks(options, first.family, settings.tasks)
         outcomes = outcomes_of(subjects, tasks, dict.fromkeys(METHODS, options.step_size))
         plain = EvaluateOptions(run=options.run)
-        asked = dataclasses.replace(options, out=None, quiet=False, allow_import=False)
+        asked = dataclasses.replace(
+            options, out=None, quiet=False, allow_import=False, render=False
+        )
         folder = results_folder(options.run, options.out, usual=asked == plain)
         notes = {"checkpoint": options.checkpoint}
-        report_results(
-            console, subjects, outcomes, folder, quiet=options.quiet, notes=notes, draw=True
-        )
+        report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)
+        if options.render:
+            render_after(
+                console,
+                options.run,
+                quiet=options.quiet,
+                checkpoint=options.checkpoint,
+                steps=options.steps,
+                task=options.task,
+            )
 
 
 def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> TaskSet:
@@ -237,6 +248,4 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
                 "step_sizes": {name: dataclasses.asdict(size) for name, size in sizes.items()},
             }
             folder = results_folder([], out, usual=True)
-            report_results(
-                console, subjects, outcomes, folder, quiet=options.quiet, notes=notes, draw=True
-            )
+            report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)

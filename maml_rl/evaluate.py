@@ -151,7 +151,7 @@ def evaluate(
     threads: int = 0,
     tasks_at_once: int = 0,
     tasks: TaskSet | None = None,
-    see: Callable[[Episodes], object] = lambda _: None,
+    see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
     """Measure returns after 0 to `settings.steps` gradient steps, stochastic policy.
 
@@ -166,7 +166,7 @@ def evaluate(
         threads: of physics and updates; 0 is one a core.
         tasks_at_once: tasks that are simulated together; 0 is all.
         tasks: to use in place of the test tasks.
-        see: is given the episodes of each step, to keep what it wants.
+        see: is given parameters (T, ...) and episodes of each step, to keep what it wants.
     """
     source = held_out(family, settings.tasks) if tasks is None else tasks
     chosen = source.tasks
@@ -184,7 +184,7 @@ def evaluate(
             threads=threads,
         ) as sampler,
     ):
-        for _, episodes in adapt_to_tasks(
+        for params, episodes in adapt_to_tasks(
             policy,
             theta,
             sampler,
@@ -198,7 +198,7 @@ def evaluate(
             last=True,
         ):
             assert episodes is not None  # last=True
-            see(episodes)
+            see(params, episodes)
             each = episodes.returns().double().cpu()
             returns.append(episodes.mean_returns().double().cpu().numpy())
             sds.append(np.nanstd(each.numpy(), axis=1))

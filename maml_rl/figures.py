@@ -5,8 +5,7 @@ learning_curves    return before and after adaptation, against control steps and
 tasks              return before and after adaptation against the task: where does it fail?
 trajectories       navigation: the ways taken before and after each step
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; markers and line styles do the same
-without colour.
+What they share with the charts of a report, such as colours, is in looks.py.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from envs.navigation import Navigation2D
 from maml_rl.assess import Subject, Ways
 from maml_rl.comparison import (
     MAML,
-    ORACLE,
     PRETRAINED,
-    RANDOM,
     Method,
     MethodScores,
     Outcome,
@@ -39,26 +36,31 @@ from maml_rl.comparison import (
 )
 from maml_rl.episodes import Episodes
 from maml_rl.errors import RunStopped
-from maml_rl.paper import Point, points_for
+from maml_rl.looks import (
+    MARKERS,
+    SHADES,
+    SMOOTHED,
+    Floats,
+    axis_name,
+    colour,
+    curve_name,
+    curve_style,
+    every_value,
+    hours,
+    looks,
+    million_steps,
+    phases,
+    places,
+    readable_range,
+    shown,
+    thick,
+    title,
+    values_by_task,
+    values_to_show,
+    words,
+)
+from maml_rl.paper import points_for
 from maml_rl.runs import read_metrics
-
-Floats = npt.NDArray[np.float64]
-
-COLOURS: Mapping[str, str] = {
-    MAML: "#0072B2",
-    PRETRAINED: "#D55E00",
-    ORACLE: "#009E73",
-    RANDOM: "#666666",
-}
-OTHERS = ("#56B4E9", "#CC79A7", "#E69F00")
-"""Of a method's second, third, ... variant."""
-MARKERS: Mapping[str, str] = {MAML: "o", PRETRAINED: "s", ORACLE: "D", RANDOM: "^"}
-STYLES = ("-", "--", "-.", ":")
-"""Of a method's first, second, ... step size."""
-CURVES: Mapping[str, str] = {MAML: "-", PRETRAINED: "--", ORACLE: "-.", RANDOM: "-"}
-"""Of a method's learning curve; before adaptation it is dotted."""
-SMOOTHED = 5
-"""Iterations that a thick learning curve is a running mean of."""
 
 LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -122,29 +124,6 @@ def draw(
     return list(drawn)
 
 
-def shown(one: MethodScores, scores: Sequence[MethodScores]) -> str:
-    """Return a method's name in a legend, with its step size where one has several."""
-    several = sum(other.name == one.name for other in scores) > 1
-    return f"{one.name}, step size {one.step_size:g}" if several else one.name
-
-
-def colour(method: str, number: int) -> str:
-    """Return the colour of a method's variant, of which the first is number 0."""
-    return OTHERS[(number - 1) % len(OTHERS)] if number else COLOURS[method]
-
-
-def looks(scores: Sequence[MethodScores]) -> list[tuple[str, str, str]]:
-    """Return colour, marker and line style of each."""
-    result = []
-    for place, one in enumerate(scores):
-        before = scores[:place]
-        variants = list(dict.fromkeys(o.variant for o in before if o.method == one.method))
-        number = variants.index(one.variant) if one.variant in variants else len(variants)
-        style = STYLES[sum(other.name == one.name for other in before) % len(STYLES)]
-        result.append((colour(one.method, number), MARKERS[one.method], style))
-    return result
-
-
 def returns_figure(
     scores: Sequence[MethodScores], family: TaskFamily, tasks: npt.NDArray[np.float32]
 ) -> Figure:
@@ -159,7 +138,8 @@ def returns_figure(
         if method in {one.method for one in scores}
     }
     low, high = readable_range(values_to_show(scores, papers), every_value(scores))
-    for number, (one, (shade, marker, style)) in enumerate(zip(scores, looks(scores), strict=True)):
+    for number, (one, look) in enumerate(zip(scores, looks(scores), strict=True)):
+        shade = SHADES[look.colour].figure
         means = np.array([step.mean for step in one.steps])
         bounds = np.array([step.interval for step in one.steps])
         label = shown(one, scores)
@@ -171,7 +151,7 @@ def returns_figure(
             steps, means, bounds = np.array([0, last]), means.repeat(2), bounds.repeat(2, 0)
         # Beside one another, so that the intervals can be told apart.
         aside = 0.02 * (number - (len(scores) - 1) / 2) * min(last, 3)
-        axes.plot(steps + aside, means, style, marker=marker, color=shade, label=label)
+        axes.plot(steps + aside, means, look.style, marker=look.marker, color=shade, label=label)
         axes.vlines(steps + aside, *bounds.T, color=shade, linewidth=2.5, alpha=0.5)
     for method, points in papers.items():
         axes.plot(
@@ -181,7 +161,7 @@ def returns_figure(
             marker=MARKERS[method],
             markerfacecolor="white",
             markersize=8,
-            color=COLOURS[method],
+            color=SHADES[method].figure,
             label=f"{method}, the paper's",
         )
     axes.set_ylim(low, high)
@@ -192,39 +172,6 @@ def returns_figure(
     figure.legend(loc="outside right center")
     figure.text(0.01, -0.01, caption(scores, papers), va="top", fontsize=8)
     return figure
-
-
-def values_to_show(
-    scores: Sequence[MethodScores], papers: Mapping[str, Sequence[Point]]
-) -> list[float]:
-    """Return what no picture of returns may leave out: every start, all of MAML and the paper's.
-
-    With the bounds of their intervals. All of every policy, where there is one method alone.
-    """
-    values = [point.mean for points in papers.values() for point in points]
-    alone = len({one.method for one in scores}) == 1
-    for one in scores:
-        for step in one.steps if alone or one.method in (MAML, ORACLE) else one.steps[:1]:
-            values += [x for x in (step.mean, *step.interval) if not math.isnan(x)]
-    return values
-
-
-def every_value(scores: Sequence[MethodScores]) -> list[float]:
-    """Return the mean returns of every method and step."""
-    return [step.mean for one in scores for step in one.steps]
-
-
-def readable_range(needed: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return a range that holds what is needed, and of the others those not far below it.
-
-    A policy that fine-tuning ruins may fall a hundred times lower, and would leave of all else a
-    line.
-    """
-    span = max(max(needed) - min(needed), 1e-3)
-    low = min([*needed, *(x for x in others if x > min(needed) - span)])
-    high = max([*needed, *others])
-    margin = 0.06 * max(high - low, 1e-3)
-    return low - margin, high + margin
 
 
 def caption(scores: Sequence[MethodScores], papers: Mapping[str, object]) -> str:
@@ -244,12 +191,6 @@ def caption(scores: Sequence[MethodScores], papers: Mapping[str, object]) -> str
     return text
 
 
-def title(family: TaskFamily) -> str:
-    """Return a family's name, with its protocol if it has one."""
-    protocol = family.protocol_name
-    return f"{family.name} ({protocol} protocol)" if protocol else family.name
-
-
 def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
     """Learning curves against control steps and time: seeds thin, their running mean thick."""
     curves: dict[tuple[Method, str], list[Mapping[str, Sequence[float]]]] = {}
@@ -267,14 +208,12 @@ def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
     for method, variant in curves:
         runs = curves[method, variant]
         variants = [v for m, v in curves if m == method]
-        look: dict[str, Any] = {"color": colour(method, variants.index(variant))}
+        shade = SHADES[colour(method, variants.index(variant))].figure
+        look: dict[str, Any] = {"color": shade}
         name = f"{method} ({variant})" if variant else method
-        phases = sum(1 for n in runs[0] if n.startswith("return_") and not n.endswith("_sd"))
-        for phase in range(phases):
-            label = name
-            if phases > 1:
-                label += ", before" if phase == 0 else f", after {words(phase)}"
-            style = ":" if phase < phases - 1 else CURVES[method]
+        count = phases(runs[0])
+        for phase in range(count):
+            label, style = curve_name(name, phase, count), curve_style(method, phase, count)
             for axes, x in ((left, million_steps), (right, lambda run: hours(run) * factor)):
                 lines = [(x(run), np.array(run[f"return_{phase}"])) for run in runs]
                 for line in lines:
@@ -289,31 +228,6 @@ def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
     text = f"Thin: each seed. Thick: mean over seeds, running over {SMOOTHED} iterations."
     figure.text(0.01, -0.01, text, va="top", fontsize=8)
     return figure
-
-
-def thick(lines: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """Return the mean of several seeds' curves, and of each point and those before it."""
-    count = min(len(across) for across, _ in lines)
-    across, up = (np.mean([line[axis][:count] for line in lines], axis=0) for axis in (0, 1))
-    smooth = [np.nanmean(up[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(count)]
-    return across, np.array(smooth)
-
-
-def words(steps: int) -> str:
-    """Return "1 step", "2 steps" and so on."""
-    return f"{steps} step{'s' * (steps > 1)}"
-
-
-def million_steps(metrics: Mapping[str, Sequence[float]]) -> Floats:
-    """Return control steps sampled at the end of each iteration, millions."""
-    return np.array(metrics["env_steps"]) / 1e6
-
-
-def hours(metrics: Mapping[str, Sequence[float]]) -> Floats:
-    """Return the time sampled and updated for by the end of each iteration, hours."""
-    seconds = np.array(metrics["seconds_sampling"]) + np.array(metrics["seconds_updating"])
-    result: Floats = seconds.cumsum() / 3600
-    return result
 
 
 def tasks_figure(
@@ -334,12 +248,9 @@ def tasks_figure(
     figure = Figure(figsize=(3.6 * columns + 0.6, 3.2 * rows + 0.4))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     finite = family.finite_tasks
-    where = places(tasks) if finite is None else spread_out(tasks, finite)
-    needed: list[float] = []
-    for one, returns in zip(scores, per_task, strict=True):
-        whole = one.method in (MAML, ORACLE) or len({s.method for s in scores}) == 1
-        needed += (returns if whole else returns[:1]).ravel().tolist()
-    low, high = readable_range(needed, [float(r) for returns in per_task for r in returns[-1]])
+    where = places(family, tasks)
+    lasts = [float(r) for returns in per_task for r in returns[-1]]
+    low, high = readable_range(values_by_task(scores, per_task), lasts)
     for axes, one, returns in itertools.zip_longest(grid.flat, scores, per_task):
         if one is None:
             axes.set_visible(False)
@@ -350,7 +261,8 @@ def tasks_figure(
         if finite is not None:
             axes.set_xticks(range(len(finite)), [family.describe_task(t) for t in finite])
     grid[0, 0].set_ylim(low, high)
-    figure.supxlabel(axis_name(family), fontsize=10)
+    name, unit = axis_name(family)
+    figure.supxlabel(f"{name} ({unit})" if unit else name, fontsize=10)
     figure.supylabel("return of an episode", fontsize=10)
     figure.suptitle(title(family), fontsize=11)
     return figure
@@ -367,7 +279,7 @@ def panel(
     """Draw one method's returns (n + 1, T) before and after at the tasks' places (T,)."""
     first, last = returns[0], returns[-1]
     axes.vlines(where, first, last, color="#BBBBBB", linewidth=0.8)
-    plain: dict[str, Any] = {"linestyle": "", "color": COLOURS[one.method], "markersize": 5}
+    plain: dict[str, Any] = {"linestyle": "", "color": SHADES[one.method].figure, "markersize": 5}
     marker = MARKERS[one.method]
     axes.plot(where, first, marker, markerfacecolor="white", label="before", **plain)
     if len(returns) > 1:
@@ -379,31 +291,6 @@ def panel(
         axes.plot(where[fallen], bottom, "v", color="black", clip_on=False, label=label)
     if outside.any():
         axes.plot(where[outside], last[outside], "x", color="black", label="outside training")
-
-
-def axis_name(family: TaskFamily) -> str:
-    """Return what a picture's axis of tasks means, with its unit."""
-    column = family.task_columns[0]
-    if family.finite_tasks is not None:
-        return column.name
-    what = column.meaning or column.name
-    what = f"distance from 0 of the {what}" if len(family.task_columns) > 1 else what
-    return f"{what} ({column.unit})"
-
-
-def places(tasks: npt.NDArray[np.float32]) -> Floats:
-    """Return where a task of one or two numbers is on the axis, (T,)."""
-    numbers = tasks.astype(np.float64)
-    return numbers[:, 0] if numbers.shape[1] == 1 else np.linalg.norm(numbers, axis=1)
-
-
-def spread_out(tasks: npt.NDArray[np.float32], finite: npt.NDArray[np.float32]) -> Floats:
-    """Return a place (T,) on the axis for each repetition of finitely many tasks."""
-    spots = np.zeros(len(tasks))
-    for number, task in enumerate(finite):
-        mask = (tasks == task).all(axis=1)
-        spots[mask] = number + np.linspace(-0.3, 0.3, int(mask.sum()))
-    return spots
 
 
 def trajectories_figure(ways: Ways, family: TaskFamily) -> Figure:
@@ -425,10 +312,10 @@ def trajectories_figure(ways: Ways, family: TaskFamily) -> Figure:
     for row, column in itertools.product(range(len(ways.tasks)), range(steps)):
         axes = grid[row, column]
         for path in paths[row][column][:DRAWN_EPISODES]:
-            axes.plot(*path.T, color=COLOURS[MAML], linewidth=0.8, alpha=0.7)
+            axes.plot(*path.T, color=SHADES[MAML].figure, linewidth=0.8, alpha=0.7)
         axes.plot(0, 0, "o", color="black", markersize=5, label="start")
         star: dict[str, Any] = {
-            "color": COLOURS[PRETRAINED],
+            "color": SHADES[PRETRAINED].figure,
             "markersize": 13,
             "markeredgecolor": "black",
         }

@@ -14,15 +14,41 @@ from dataclasses import asdict
 from pathlib import Path
 
 from envs.family import TaskFamily
-from maml_rl.assess import Subject
+from maml_rl.assess import Subject, outcomes_of, under_settings
 from maml_rl.checkpoints import as_json
-from maml_rl.comparison import Comparison, Difference, MethodScores, Outcome, StepScores
+from maml_rl.comparison import (
+    Comparison,
+    Difference,
+    MethodScores,
+    Outcome,
+    StepScores,
+)
 from maml_rl.config import family_name
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.runs import check_no_link, read_metrics, write_whole
+from maml_rl.task_sets import held_out
 from maml_rl.versions import versions
 
+TABLE, SUMMARY = "evaluation.csv", "summary.json"
+NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
+"""What summary.json says where nothing else was asked for."""
+
 Cell = str | int | float
+
+
+def write_own_test(subject: Subject) -> list[Outcome]:
+    """Test a run's newest policy by its experiment's own settings, and write RUN/evaluation.
+
+    Raises:
+        InputError: if the folder cannot be made.
+        RunStopped: if the test breaks down or cannot be written.
+    """
+    settings = subject.trained.experiment.evaluation
+    subjects = under_settings([subject], settings)
+    outcomes = outcomes_of(subjects, held_out(subject.family, settings.tasks), {})
+    folder = results_folder([subject.path], None, usual=True)
+    write_results(folder, outcomes, Comparison.of(outcomes, subject.family), subjects, NEWEST)
+    return outcomes
 
 
 def results_folder(runs: Sequence[Path], out: Path | None, *, usual: bool) -> Path:
@@ -89,8 +115,8 @@ def write_results(
         "differences": [difference_summary(one) for one in compared.differences],
     }
     try:
-        write_whole(folder / "evaluation.csv", table.getvalue())
-        write_whole(folder / "summary.json", as_json(summary))
+        write_whole(folder / TABLE, table.getvalue())
+        write_whole(folder / SUMMARY, as_json(summary))
     except OSError as error:
         raise RunStopped(f"the test cannot be written to {folder}: {error.strerror}", 3) from error
 

@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -247,6 +248,22 @@ class RunFolder:
             troubles.append(f"{where} ({error.strerror})")
         return " and ".join(troubles)
 
+    def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Put PNG pictures into TensorBoard.
+
+        Args:
+            step: iterations done.
+            pictures: each file's content, by its name in TensorBoard.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        events = Events(self.path / "tensorboard")
+        try:
+            events.add_pictures(step, pictures)
+        finally:
+            events.close()
+
     def drop_rows_from(self, iteration: int) -> None:
         """Remove metrics of iterations that a resumed run will do again, and half-written ones."""
         if not self.metrics.is_file():
@@ -353,7 +370,7 @@ def begun_from(run: Path) -> str:
 class Events:
     """TensorBoard's file of a run, written at once: a full disk is told to the caller."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int | None = None) -> None:
         """Begin a file; readers forget what earlier files say of `step` and later.
 
         Raises:
@@ -372,7 +389,8 @@ class Events:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         try:
             self._write(file_version="brain.Event:2")
-            self._write(step=step, session_log=start)
+            if step is not None:
+                self._write(step=step, session_log=start)
         except OSError:
             self.close()
             (folder / name).unlink(missing_ok=True)
@@ -398,6 +416,22 @@ class Events:
             if isinstance(value, int | float) and name != "iteration"
         ]
         self._write(step=int(row["iteration"]), summary=self._summary(value=values))
+
+    def add_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Add PNG pictures by name.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        values = []
+        for name, content in pictures.items():
+            # As PNG has it: a signature, then the header's length, name, width and height.
+            width, height = struct.unpack(">II", content[16:24])
+            image = self._summary.Image(
+                width=width, height=height, colorspace=3, encoded_image_string=content
+            )
+            values.append(self._summary.Value(tag=name, image=image))
+        self._write(step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
         """Close the file."""

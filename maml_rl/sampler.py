@@ -7,7 +7,7 @@ split over threads, chunks or machines.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import Floats, TaskFamily
+from envs.family import Floats, TaskFamily, Transition, Worlds
 from maml_rl.adapt import Params
 from maml_rl.episodes import Episodes
 from maml_rl.policy import GaussianPolicy, log_std
@@ -52,6 +52,11 @@ def task_seeds(stream: int, seed: int, iteration: int, phase: int, tasks: int) -
 def task_generator(stream: int, seed: int, iteration: int) -> np.random.Generator:
     """Return the generator that draws the tasks of one iteration."""
     return np.random.default_rng(seed_sequence(stream, seed, TASKS, iteration))
+
+
+Watch = Callable[[Worlds, Transition | None, Tensor], None]
+"""Sees worlds as they are sampled: after their reset, then without a transition, and after each
+control step. The mask (N,) says which of them are in that state now, others having ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +151,18 @@ class Sampler(AbstractContextManager["Sampler"]):
         action_scale: float = 1.0,
         max_diverged: float = 1.0,
         threads: int = 0,
+        deterministic: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        """Make `tasks` x `episodes` worlds; batches of more tasks go through in turn."""
+        """Make `tasks` x `episodes` worlds; batches of more tasks go through in turn.
+
+        Where the policy is to be `deterministic` it takes its mean action; `watch` sees the worlds.
+        """
         self.family = family
         self.policy = policy
         self._max_diverged = max_diverged
+        self._deterministic = deterministic
+        self._watch = watch
         self._divergence: Divergence | None = None
         self._tasks, self._episodes, self._count = tasks, episodes, count
         self._worlds = family.make_worlds(tasks * episodes, threads=threads)
@@ -266,6 +278,8 @@ class Sampler(AbstractContextManager["Sampler"]):
         padded_starts = np.concatenate([starts, np.zeros((spare, starts.shape[1]))])
         where = widen(running)
         observations = self._worlds.reset(world_tasks, padded_starts, where)[: M * K]
+        if self._watch is not None:
+            self._watch(self._worlds, None, where)
         for t in range(H):
             rows_now = observations.reshape(M, K, -1)
             if self.policy.observes_task:
@@ -279,6 +293,8 @@ class Sampler(AbstractContextManager["Sampler"]):
             everyone = bool(where.all())
             controls = self._controls(out.actions[:, :, t]).reshape(M * K, A)
             step = self._worlds.step(widen(controls), None if everyone else where)
+            if self._watch is not None:
+                self._watch(self._worlds, step, where)
             good = where & ~step.diverged
             out.rewards[:, :, t] = step.rewards[: M * K].reshape(M, K)
             out.alive[:, :, t] = good[: M * K].reshape(M, K)
@@ -329,7 +345,8 @@ class Sampler(AbstractContextManager["Sampler"]):
                 if starts is None:
                     starts = np.zeros((M, K, len(start)))
                 starts[task, slot] = start
-                rng.standard_normal(dtype=np.float32, out=noise[task, slot])
+                if not self._deterministic:
+                    rng.standard_normal(dtype=np.float32, out=noise[task, slot])
         assert starts is not None  # a wave has at least one episode
         return starts.reshape(M * K, -1), torch.from_numpy(noise)
 

@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from maml_rl.sampler import torch_threads
+from maml_rl.opengl import choose_platform, what_is_missing
+
+# Before anything imports mujoco, so that bodies can be drawn in this process.
+choose_platform()
+
+from maml_rl.sampler import torch_threads  # noqa: E402
 
 if TYPE_CHECKING:
     from gymnasium.envs.mujoco import MujocoEnv
+
+needs_opengl = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing())
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -382,7 +382,7 @@ def test_both_directions_are_as_likely() -> None:
 
 
 def test_tasks_in_words() -> None:
-    assert AntVel().describe_task([2.5]) == "velocity 2.50 m/s"
+    assert AntVel().describe_task([2.5]) == "wanted 2.50 m/s"
     assert AntDir().describe_task([-1]) == "backward"
     assert AntDir().describe_task([1]) == "forward"
 

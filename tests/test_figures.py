@@ -231,13 +231,6 @@ def test_learning_curves_are_the_metrics(runs: list[Subject]) -> None:
     assert np.allclose(points(right, "maml, before")[:, 0], np.mean(seconds, axis=0) / 60)
 
 
-def test_a_running_mean_is_over_five_iterations() -> None:
-    """0, 1, ... 9 become 0, .5, 1, 1.5, 2, 3, ... 7."""
-    across, up = figures.thick([(np.arange(10.0), np.arange(10.0)), (np.arange(12.0),) * 2])
-    assert across.tolist() == list(range(10))
-    assert up.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-
-
 def test_trajectories_go_from_the_start_to_where_the_reward_says(runs: list[Subject]) -> None:
     """A row a goal, a column a step. Each way begins at 0, has a point more than moves, and the
     rewards are the distances of its points from the goal."""

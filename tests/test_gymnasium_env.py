@@ -456,6 +456,7 @@ print("bodies are drawn")
 """
 
 
+@pytest.mark.slow
 def test_bodies_are_drawn_where_there_is_opengl() -> None:
     """One frame a world, of its own present state; the same state gives the same picture.
 

@@ -284,7 +284,7 @@ def test_both_directions_are_as_likely() -> None:
 
 
 def test_tasks_in_words() -> None:
-    assert HalfCheetahVel().describe_task([1.25]) == "velocity 1.25 m/s"
+    assert HalfCheetahVel().describe_task([1.25]) == "wanted 1.25 m/s"
     assert HalfCheetahDir().describe_task([-1]) == "backward"
     assert HalfCheetahDir().describe_task([1]) == "forward"
     with pytest.raises(FamilyError, match=r"half_cheetah_dir: .*direction \(sign\).*got \[0\.5\]"):

@@ -43,7 +43,8 @@ WRITERS: Mapping[str, str] = {
     "maml_rl.results": "evaluation.csv and summary.json",
     "maml_rl.figures": "figures",
     "maml_rl.render": "videos",
-    "maml_rl.report": "report.html",
+    "maml_rl.movies": "files of videos, for render.py",
+    "maml_rl.report.page": "report.html",
 }
 """The only modules that write files, and what. No other may, under envs/ or maml_rl/."""
 

@@ -100,7 +100,7 @@ def test_defaults_and_words() -> None:
     assert [column.unit for column in family.observation_columns] == ["m", "m"]
     assert family.action_bounds[1].tolist() == [0.1, 0.1]
     assert family.draw_start(np.random.default_rng(0)).shape == (0,)
-    assert family.describe_task([0.25, -0.5]) == "goal_x 0.25 m, goal_y -0.50 m"
+    assert family.describe_task([0.25, -0.5]) == "goal (0.25, -0.50) m"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from maml_rl.assess import Subject, load_subject
 from maml_rl.comparison import Comparison
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
-from maml_rl.results import long_form, results_folder, write_results
+from maml_rl.results import long_form, results_folder, write_own_test, write_results
 from maml_rl.train import meta_train
 from tests.conftest import files_at_most
 from tests.outcomes import outcome as hand_made
@@ -187,6 +188,17 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_files(
         write_results(tmp_path, many, compared, [subject], {})
     assert stopped.value.exit_code == 3
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_runs_own_test_is_kept_in_the_run(subject: Subject, tmp_path: Path) -> None:
+    """By its experiment's settings, of the newest checkpoint, on two tasks after 0 and 1 steps."""
+    run = shutil.copytree(subject.path, tmp_path / "run")
+    (found,) = write_own_test(load_subject(run))
+    assert found.evaluation.returns.shape == (2, 2)
+    values = [float(r["return_mean"]) for r in table(run / "evaluation")]
+    assert values == found.evaluation.returns.ravel().tolist()
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert (summary["checkpoint"], summary["runs"][0]["run"]) == ("latest", "run")
 
 
 def test_results_go_into_the_run_or_beside_several(tmp_path: Path) -> None:

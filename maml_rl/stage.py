@@ -1,0 +1,198 @@
+"""Follows episodes while they are sampled, and draws them as tiles of a grid."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from envs.cameras import Camera, Frame, open_camera
+from envs.family import TaskFamily, Transition, Worlds
+from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey
+from maml_rl.movies import Movie
+from maml_rl.rendering import RenderSettings
+
+INSTANTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of an episode, in a film strip."""
+
+
+def step_label(steps: int) -> str:
+    """Return "before adapting", "1 gradient step" and so on."""
+    return f"{steps} gradient step{'s' * (steps > 1)}" if steps else "before adapting"
+
+
+class Stage:
+    """Follows the worlds of a grid while they are sampled, and draws them when a frame is due.
+
+    World c T + r is task r (of T) after as many gradient steps as column c says.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        tasks: npt.NDArray[np.float32],
+        columns: int,
+        settings: RenderSettings,
+        movies: Sequence[Movie],
+    ) -> None:
+        """Begin.
+
+        Args:
+            family: whose worlds.
+            tasks: (T, P).
+            columns: numbers of gradient steps, from 0 on.
+            settings: speed and size.
+            movies: of the columns one by one, then those of the whole grid; none: nothing is drawn.
+        """
+        self._family, self._tasks, self._settings = family, tasks, settings
+        self._movies, self._columns = movies, columns
+        count = columns * len(tasks)
+        self.returns = np.zeros(count)
+        """(N,): running."""
+        self.endings = [""] * count
+        self.frames = 0
+        self._failed = np.zeros(count, bool)
+        self._recent: deque[npt.NDArray[np.float32]] = deque(maxlen=family.shown_mean_steps)
+        self._measures: npt.NDArray[np.float32] | None = None
+        self._step = self._drawn_step = 0
+        self._pictures: list[Frame | None] = [None] * count
+        self._camera: Camera | None = None
+        self._instants = [round(share * family.episode_steps) for share in INSTANTS]
+        # For each row, for each column, what its strip shows so far.
+        self._strips: list[list[list[tuple[Frame, str]]]] = [
+            [[] for _ in range(columns)] for _ in tasks
+        ]
+
+    def __call__(self, worlds: Worlds, transition: Transition | None, now: Tensor) -> None:
+        """See the worlds after a step, those of the mask `now`; a `Watch`."""
+        ended = np.zeros(len(self.returns), bool)
+        if transition is not None:
+            self._step += 1
+            ended = self._take(transition, now.numpy())
+        if not self._movies:
+            return
+        self._camera = self._camera or open_camera(worlds, self._settings.size, self._settings.size)
+        due = self._frames_due()
+        shown = bool(self._instants) and self._instants[0] <= self._step
+        for world in range(len(self.returns)):
+            going = not self.endings[world]
+            if ended[world] or (going and (due or shown)):
+                self._draw(world)
+        for _ in range(due):
+            self._show()
+        # Several where the episode is short.
+        while self._instants and self._instants[0] <= self._step:
+            self._keep_instant()
+
+    def _take(self, transition: Transition, now: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Add up a step's rewards and return which worlds ended with it."""
+        diverged = transition.diverged.numpy() & now
+        good = now & ~diverged
+        self.returns[good] += transition.rewards.double().numpy()[good]
+        if transition.measures.shape[1]:
+            self._recent.append(transition.measures.numpy().copy())
+            means = np.mean(self._recent, axis=0)
+            before = means if self._measures is None else self._measures
+            self._measures = np.where(good[:, None], means, before)
+        terminated = transition.terminated.numpy() & good
+        for which, words, failed in (
+            (terminated, self._family.ending, self._family.ending_is_failure),
+            (diverged, "the simulation broke down", True),
+        ):
+            for world in which.nonzero()[0]:
+                self.endings[world] = f"{words} at {self._family.moment(self._step)}"
+                self._failed[world] = failed
+        return terminated | diverged
+
+    def _frames_due(self) -> int:
+        """Return how many frames show this step: those before the next one's time."""
+        until = (self._step + 1) * self._family.shown_seconds / self._settings.slow
+        return max(0, math.ceil(until * self._settings.fps - 1e-6) - self.frames)
+
+    def _draw(self, world: int) -> None:
+        """Draw one world as it is now."""
+        assert self._camera is not None  # opened with the first frame
+        before = self._pictures[world]
+        if before is None or not self.endings[world].startswith("the simulation"):
+            measures = None if self._measures is None else self._measures[world]
+            task = self._tasks[world % len(self._tasks)]
+            picture = self._camera.frame(world, task, measures)
+        else:
+            # MuJoCo has reset it: what there is now is not what was simulated.
+            picture = before
+        self._pictures[world] = grey(picture) if self._failed[world] else picture
+
+    def _tile(self, world: int) -> Frame:
+        """Return a world's last picture with its caption."""
+        picture = self._pictures[world]
+        assert picture is not None  # drawn with the first frame
+        task = self._family.describe_task(self._tasks[world % len(self._tasks)])
+        score = f"return {self.returns[world]:z.1f}"
+        measure = self._measure_words(world, ".2f", named=True)
+        label = step_label(world // len(self._tasks))
+        return captioned(picture, Caption(task, label, score, measure, self.endings[world]))
+
+    def _measure_words(self, world: int, digits: str, *, named: bool) -> str:
+        """Return what the family measures of a world now, "" before the first step."""
+        if self._measures is None:
+            return ""
+        column = self._family.measure_columns[0]
+        # Not "-0.0".
+        value = f"{self._measures[world, 0]:z{digits}} {column.unit}"
+        return f"{column.name} {value}" if named else value
+
+    def _show(self) -> None:
+        """Send a frame to every movie."""
+        rows = len(self._tasks)
+        columns = [
+            np.concatenate([self._tile(column * rows + row) for row in range(rows)])
+            for column in range(self._columns)
+        ]
+        whole = np.concatenate(columns, axis=1)
+        for number, movie in enumerate(self._movies):
+            movie.append(columns[number] if number < self._columns else whole)
+        self.frames += 1
+        self._drawn_step = self._step
+
+    def _keep_instant(self) -> None:
+        """Keep the present pictures for the film strips."""
+        self._instants.pop(0)
+        for world, picture in enumerate(self._pictures):
+            assert picture is not None  # drawn for this
+            words = f"return {self.returns[world]:z.0f}"
+            measure = self._measure_words(world, ".1f", named=False)
+            if measure:
+                words += f", {measure}"
+            column, row = divmod(world, len(self._tasks))
+            words = self.endings[world] or words
+            self._strips[row][column].append((picture, words))
+
+    def finish(self) -> None:
+        """Show the end, where every episode was over before its time."""
+        if not self._movies:
+            return
+        if self._drawn_step < self._step:
+            self._show()
+        while self._instants:
+            self._keep_instant()
+
+    def strips(self) -> list[Image.Image]:
+        """Return the film strip of each task."""
+        family = self._family
+        moments = [family.moment(round(share * family.episode_steps)) for share in INSTANTS]
+        pictures = []
+        for row, columns in enumerate(self._strips):
+            rows = [StripRow(step_label(steps), tiles) for steps, tiles in enumerate(columns)]
+            title = f"{family.name}: {family.describe_task(self._tasks[row])}"
+            pictures.append(film_strip(title, moments, rows))
+        return pictures
+
+    def close(self) -> None:
+        """Release the camera."""
+        if self._camera is not None:
+            self._camera.close()

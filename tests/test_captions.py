@@ -1,0 +1,129 @@
+"""Words on pictures: each in its own corner, nothing else touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from envs.cameras import Color, Frame
+from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey
+
+SIZE = 120
+BAR = 2 * 9 + 3 * 4
+"""Pixels of the two lines above the picture: letters of 9, margins of 4."""
+PLAIN = Caption("aaa", "bbb", "ccc", "ddd")
+
+
+def flat(color: Color, size: int = SIZE) -> Frame:
+    return np.full((size, size, 3), color, np.uint8)
+
+
+def box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """First and last row, first and last column."""
+    rows, columns = np.nonzero(mask)
+    return rows.min(), rows.max(), columns.min(), columns.max()
+
+
+@pytest.mark.parametrize(
+    ("field", "upper", "left"),
+    [
+        ("task", True, True),
+        ("step", True, False),
+        ("score", False, True),
+        ("measure", False, False),
+    ],
+)
+def test_each_word_has_its_own_corner(field: str, upper: bool, left: bool) -> None:
+    """Task and number of steps above, return and measure below; only what changes is redrawn."""
+    picture = flat((80, 120, 160))
+    before = captioned(picture, PLAIN)
+    after = captioned(picture, PLAIN._replace(**{field: "xyz"}))
+    top, bottom, first, last = box((before != after).any(-1))
+    assert (bottom < BAR // 2 + 2) if upper else (top > BAR // 2 - 2)
+    assert bottom < BAR
+    assert (last < SIZE // 2) if left else (first > SIZE // 2)
+
+
+def test_the_picture_below_the_caption_is_left_alone() -> None:
+    """The caption lies on a ground a quarter as bright; the given picture is not edited."""
+    rng = np.random.default_rng(3)
+    picture: Frame = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    given = picture.copy()
+    result = captioned(picture, Caption("", "", "", ""))
+    assert (picture == given).all()
+    assert result.shape == picture.shape
+    assert result.dtype == np.uint8
+    inner = slice(1, -1)
+    assert (result[BAR:-1, inner] == picture[BAR:-1, inner]).all()
+    assert (result[1:BAR, inner] == picture[1:BAR, inner] // 4).all()
+    # A frame, so that neighbours of one colour can be told apart.
+    assert len(np.unique(result[[0, -1]].reshape(-1, 3), axis=0)) == 1
+
+
+def test_how_an_episode_ended_is_written_across_the_foot() -> None:
+    """In the middle, larger than the caption."""
+    picture = flat((80, 120, 160))
+    before = captioned(picture, PLAIN)
+    after = captioned(picture, PLAIN._replace(ending="fell at 1.3 s"))
+    top, bottom, first, last = box((before != after).any(-1))
+    assert top > 0.7 * SIZE
+    assert bottom < SIZE - 1
+    assert bottom - top > 9
+    assert abs(first + last - SIZE) <= 4
+    other = captioned(picture, PLAIN._replace(ending="fell at 1.4 s"))
+    assert (other != after).any()
+
+
+def test_a_failed_body_is_grey_and_pale() -> None:
+    """Half the mean of red, green and blue, plus 100: 0 to 100, 30 to 115, 255 to 227."""
+    picture = np.array([[[0, 0, 0], [10, 30, 50], [255, 255, 255]]], np.uint8)
+    assert grey(picture).tolist() == [[[100] * 3, [115] * 3, [227] * 3]]
+
+
+RED, LIME, NAVY = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+COLORS = ((RED, LIME, NAVY), ((200, 200, 0), (200, 0, 200), (0, 200, 200)))
+
+
+def strip(words: str = "return 3", title: str = "task", instant: str = "1.0 s") -> Frame:
+    """Two numbers of gradient steps, three instants, each tile of its own colour."""
+    rows = [
+        StripRow(label, [(flat(color, 60), words if color == LIME else "") for color in colors])
+        for label, colors in zip(("before", "1 gradient step"), COLORS, strict=True)
+    ]
+    return np.asarray(film_strip(title, ["0.0 s", instant, "2.0 s"], rows))
+
+
+def tile(picture: Frame, color: Color) -> tuple[int, int, int, int]:
+    return box((picture == np.array(color, np.uint8)).all(-1))
+
+
+def test_a_strip_has_time_to_the_right_and_gradient_steps_downwards() -> None:
+    """Every tile whole, in its place; a title above, the labels at the left."""
+    picture = strip()
+    boxes = np.array([[tile(picture, color) for color in row] for row in COLORS])
+    assert (boxes[..., 1] - boxes[..., 0] == 59).all()
+    assert (boxes[..., 3] - boxes[..., 2] == 59).all()
+    assert (np.diff(boxes[..., 0], axis=1) == 0).all()
+    assert (np.diff(boxes[..., 0], axis=0) > 60).all()
+    assert (np.diff(boxes[..., 2], axis=1) > 60).all()
+    assert (np.diff(boxes[..., 2], axis=0) == 0).all()
+    top, _, left, _ = boxes[0, 0]
+    assert (picture[:top] != 255).any()
+    for row in boxes:
+        assert (picture[row[0, 0] : row[0, 1], :left] != 255).any()
+
+
+def test_a_strips_words_are_with_what_they_are_about() -> None:
+    """Below its tile; the instant above its column; the title above all."""
+    picture = strip()
+    top, bottom, left, right = tile(picture, LIME)
+    for changed, place in (
+        (strip(words="fell at 1.3 s"), (bottom, bottom + 20, left - 15, right + 15)),
+        (strip(instant="9.9 s"), (0, top, left, right)),
+        (strip(title="tusk"), (0, top // 2, 0, left)),
+    ):
+        assert changed.shape == picture.shape
+        first, last, start, end = box((changed != picture).any(-1))
+        assert place[0] <= first <= last <= place[1]
+        assert place[2] <= start <= end <= place[3]
