@@ -24,7 +24,7 @@ import envs
 from envs import TaskFamily
 from maml_rl import speed
 from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
-from maml_rl.cli_render import render_after, render_command, report_command
+from maml_rl.cli_render import render_command, render_trained, report_command
 from maml_rl.cli_shared import Importing, RunOptions, Switch, command_line, going_on, split_target
 from maml_rl.config import (
     Experiment,
@@ -166,7 +166,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
                 meta_train(experiment, out=path, init=options.init, watch=watch)
             report_run(console, path, options.quiet)
             if options.render:
-                render_after(console, [path], quiet=options.quiet)
+                render_trained(console, path, quiet=options.quiet)
     if not options.quiet:
         console.print(f"Run folder: {path}", highlight=False, soft_wrap=True)
 
@@ -193,7 +193,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
             resume(options.run, iterations=options.iterations, watch=watch)
         report_run(console, options.run, options.quiet)
         if options.render:
-            render_after(console, [options.run], quiet=options.quiet)
+            render_trained(console, options.run, quiet=options.quiet)
 
 
 def inspect_command(words: Sequence[str], console: Console) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +21,7 @@ from maml_rl.assess import (
     outcomes_of,
     under_settings,
     ways_of,
+    with_step_size,
 )
 from maml_rl.benchmark import (
     check_plan,
@@ -69,8 +70,8 @@ class EvaluateOptions(RunOptions):
     tasks_from: tuple[float, float] | None = None
     """Tasks drawn between two numbers, such as speeds that were never trained."""
     render: Switch = False
-    """Render videos of every run too, into RUN/video, of the tasks of your own where you gave
-    any; see `maml-rl render`."""
+    """Render videos of every run too, into RUN/video, as tested (by the first of several step
+    sizes), of the tasks of your own where you gave any; see `maml-rl render`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         first = subjects[0].trained.experiment
         given = {"steps": options.steps, "episodes": options.episodes}
         try:
-            settings = dataclasses.replace(
+            settings = replace(
                 first.evaluation, **{k: v for k, v in given.items() if v is not None}
             )
         except ValueError as error:
@@ -168,21 +169,31 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         tasks = wanted_tasks(options, first.family, settings.tasks)
         outcomes = outcomes_of(subjects, tasks, dict.fromkeys(METHODS, options.step_size))
         plain = EvaluateOptions(run=options.run)
-        asked = dataclasses.replace(
-            options, out=None, quiet=False, allow_import=False, render=False
-        )
+        asked = replace(options, out=None, quiet=False, allow_import=False, render=False)
         folder = results_folder(options.run, options.out, usual=asked == plain)
         notes = {"checkpoint": options.checkpoint}
         report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)
         if options.render:
             render_after(
                 console,
-                options.run,
+                with_first_step_size(subjects, options.step_size),
                 quiet=options.quiet,
+                tasks=tasks if options.task else None,
                 checkpoint=options.checkpoint,
-                steps=options.steps,
-                task=options.task,
             )
+
+
+def with_first_step_size(subjects: Sequence[Subject], sizes: Sequence[float]) -> list[Subject]:
+    """Return policies that adapt by the first of some step sizes, or by their own."""
+    if not sizes:
+        return list(subjects)
+    result = []
+    for subject in subjects:
+        experiment = subject.trained.experiment
+        adaptation = with_step_size(experiment.adaptation, sizes[0])
+        trained = replace(subject.trained, experiment=replace(experiment, adaptation=adaptation))
+        result.append(replace(subject, trained=trained))
+    return result
 
 
 def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> TaskSet:

@@ -114,31 +114,40 @@ def tell(console: Console, made: Rendering, folder: Path) -> None:
     say(f"Written: {folder}")
 
 
+def render_trained(console: Console, run: Path, *, quiet: bool) -> None:
+    """Render a run that has just been trained, by its experiment's own settings."""
+    render_after(console, [with_steps(load_subject(run), None)], quiet=quiet)
+
+
 def render_after(
     console: Console,
-    runs: Sequence[Path],
+    subjects: Sequence[Subject],
     *,
     quiet: bool,
+    tasks: TaskSet | None = None,
     checkpoint: str = "latest",
-    steps: int | None = None,
-    task: Sequence[str] = (),
 ) -> None:
-    """Render runs that have just been trained or tested, and put film strips into TensorBoard.
+    """Render policies after their training or test, and put the film strips into TensorBoard.
 
     What was written before is there whatever happens now: trouble is told, and no more.
+
+    Args:
+        console: where to tell it.
+        subjects: the policies, with the settings of their test.
+        quiet: whether to tell trouble alone.
+        tasks: a row each; by default some spread over the family's range.
+        checkpoint: which of the run's the policies are.
     """
-    for run in runs:
+    for subject in subjects:
+        folder = subject.path / VIDEO
         try:
-            subject = with_steps(load_subject(run, checkpoint), steps)
-            tasks: TaskSet | None = chosen(subject.family, task) if task else None
-            folder = run / VIDEO
             made = render(subject, folder, tasks=tasks, checkpoint=checkpoint)
             pictures = {
                 f"film_strip/{words}": (folder / name).read_bytes()
                 for words, name in zip(made.task_words, made.strips, strict=False)
             }
             if pictures:
-                RunFolder.open(run).write_pictures(subject.iterations, pictures)
+                RunFolder.open(subject.path).write_pictures(subject.iterations, pictures)
         except (FamilyError, RunStopped, OSError) as error:
             console.print(f"Nothing was rendered: {error}", highlight=False, soft_wrap=True)
             continue

@@ -151,7 +151,7 @@ def save_strips(stage: Stage, work: Path) -> list[str]:
     names = []
     for row, picture in enumerate(stage.strips()):
         names.append(f"strip_{row}.png")
-        picture.save(work / names[-1], optimize=True)
+        picture.save(work / names[-1])
     return names
 
 

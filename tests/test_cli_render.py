@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -319,6 +319,23 @@ def test_an_evaluation_with_render_shows_its_own_tasks_steps_and_checkpoint(
         assert ours == (trained / "evaluation" / file).read_bytes()
 
 
+def test_an_evaluation_with_render_adapts_as_it_tests(
+    small: None, no_figures: None, navigation: Path
+) -> None:
+    """By as many episodes and its step size, the first of several; the start is the same."""
+
+    def returns(*words: str) -> list[float]:
+        assert run(["evaluate", "run", *words, "--render", "--quiet"]) == 0
+        return [column.returns[0] for column in made_in(navigation / "video").columns]
+
+    plain = returns()
+    for words in (("--step-size", "0.9"), ("--episodes", "5")):
+        other = returns(*words)
+        assert other[0] == plain[0]
+        assert other[1] != plain[1]
+    assert returns("--step-size", "0.9", "0.1") == returns("--step-size", "0.9")
+
+
 def stopped(*_: object, **__: object) -> None:
     raise RunStopped("the disk is full", 3)
 
@@ -327,19 +344,17 @@ def no_file(*_: object, **__: object) -> None:
     raise OSError("the disk is gone")
 
 
-@pytest.mark.parametrize("failing", [stopped, no_file])
 def test_training_is_not_lost_to_a_rendering_that_fails(
-    failing: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 0, a sentence, and everything else is there."""
-    monkeypatch.setattr(cli_render, "render", failing)
+    """Exit code 0, a sentence, and everything else is there; nor is a resumed one."""
+    monkeypatch.setattr(cli_render, "render", stopped)
     train("navigation", tmp_path / "run", "--render", iterations=1)
-    assert "Nothing was rendered: the disk is " in capsys.readouterr().out
+    assert "Nothing was rendered: the disk is full" in capsys.readouterr().out
     assert (tmp_path / "run" / "evaluation" / "summary.json").exists()
+    monkeypatch.setattr(cli_render, "render", no_file)
     assert run(["resume", str(tmp_path / "run"), "--iterations", "2", "--render"]) == 0
+    assert "Nothing was rendered: the disk is gone" in capsys.readouterr().out
     assert len(rows(tmp_path / "run")) == 2
 
 
