@@ -104,7 +104,6 @@ class Ant(LocomotionFamily):
     """MuJoCo's solimp (dmin, dmax, width in m) of the soft contact."""
 
     paper_sensors: ClassVar[tuple[str, ...]] = (CENTER_OF_MASS, *AXES)
-    ending: ClassVar[str] = "fell"
     ending_is_failure: ClassVar[bool] = True
     view: ClassVar[View] = View(4.5, -20.0, 0.4, 1.4)
     protocols: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -181,6 +180,10 @@ class Ant(LocomotionFamily):
     def state_sizes(self) -> tuple[int, int]:
         """(nq, nv)."""
         return 15, 14
+
+    def ending(self, state: Mapping[str, Floats]) -> str:
+        """Return what took the torso out of its range of heights."""
+        return "jumped" if state["qpos"][2] > self.z_high else "fell"
 
     def build_model(self, sensors: tuple[str, ...]) -> mujoco.MjModel:
         """Compile Gymnasium's ant.xml with this family's timestep and contact."""

@@ -159,10 +159,8 @@ class TaskFamily(ABC):
     """The Q numbers that reports show beside returns."""
     training_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide only which tasks training draws, and no return on any of them."""
-    ending: ClassVar[str] = "ended"
-    """What a body has done whose episode ends early: "fell" in "fell at 1.3 s"."""
     ending_is_failure: ClassVar[bool] = False
-    """Whether that is a failure, which videos show in grey."""
+    """Whether an episode that ends early has failed, which videos show in grey."""
 
     def __post_init__(self) -> None:
         """Check what every family shares; subclasses call this last."""
@@ -208,6 +206,10 @@ class TaskFamily(ABC):
     def shown_mean_steps(self) -> int:
         """Control steps that a measure is averaged over when it is shown as it is now."""
         return 1
+
+    def ending(self, state: Mapping[str, Floats]) -> str:
+        """Return how an episode ended early, "fell" in "fell at 1.3 s", from `Worlds.state`."""
+        return "ended"
 
     def moment(self, steps: int) -> str:
         """Return when something is, so many control steps after the start, in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +49,6 @@ class Navigation2D(TaskFamily):
         Column("distance", "m", "distance to the goal after the move"),
     )
     training_fields: ClassVar[frozenset[str]] = frozenset({"goal_range"})
-    ending: ClassVar[str] = "there"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -91,6 +91,10 @@ class Navigation2D(TaskFamily):
         """Return which goals lie outside the square, (T,)."""
         outside: npt.NDArray[np.bool_] = np.abs(tasks).max(1) > np.float32(self.goal_range)
         return outside
+
+    def ending(self, state: Mapping[str, Floats]) -> str:
+        """Return what ends an episode: the point is at its goal."""
+        return "there"
 
     def draw_start(self, rng: np.random.Generator) -> Floats:
         """Return nothing: every episode starts at the origin."""

@@ -42,7 +42,8 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def captioned(picture: Frame, caption: Caption) -> Frame:
     """Return a tile (S, S, 3) with its caption above, and how its episode ended across it."""
     size = len(picture)
-    letters = max(9, size // 24)
+    lines = ((caption.task, caption.step), (caption.score, caption.measure))
+    letters = largest(lines, size)
     margin = letters // 2
     bar = 2 * letters + 3 * margin
     result = picture.copy()
@@ -69,6 +70,15 @@ def captioned(picture: Frame, caption: Caption) -> Frame:
     # So that tiles of one colour can be told apart.
     draw.rectangle((0, 0, size - 1, size - 1), outline=DARK)
     return np.asarray(image)
+
+
+def largest(lines: Sequence[tuple[str, str]], size: int) -> int:
+    """Return the height of letters, pixels, at which two words a line fit side by side."""
+    for letters in range(max(9, size // 24), 5, -1):
+        widest = max(font(letters).getlength("  ".join(words)) for words in lines)
+        if widest <= size - letters:
+            return letters
+    return 5
 
 
 def grey(picture: Frame) -> Frame:
@@ -113,6 +123,7 @@ def film_strip(title: str, instants: Sequence[str], rows: Sequence[StripRow]) ->
         for column, (picture, words) in enumerate(row.tiles):
             x = left + column * (size + gap)
             image.paste(Image.fromarray(picture), (x, y))
+            draw.rectangle((x, y, x + size - 1, y + size - 1), outline=DARK)
             middle = (x + size // 2, y + size + gap)
             draw.text(middle, words, BLACK, font(letters), anchor="ma")
     return image

@@ -148,7 +148,7 @@ def render_after(
             }
             if pictures:
                 RunFolder.open(subject.path).write_pictures(subject.iterations, pictures)
-        except (FamilyError, RunStopped, OSError) as error:
+        except (FamilyError, InputError, RunStopped, OSError) as error:
             console.print(f"Nothing was rendered: {error}", highlight=False, soft_wrap=True)
             continue
         if not quiet:
@@ -160,7 +160,8 @@ class ReportOptions(RunOptions):
     """Write one HTML page of a run, of several side by side, or of a benchmark."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or the folder of a benchmark."""
+    """Run folders, or the folder of a benchmark. A run without a test of its checkpoint is tested,
+    and RUN/evaluation written."""
     out: Path | None = None
     """The file to write; by default report.html in the folder, or beside the first of several."""
     checkpoint: Literal["latest", "previous", "best"] = "latest"

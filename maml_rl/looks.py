@@ -37,15 +37,15 @@ SHADES: Mapping[str, Shades] = {
     PRETRAINED: Shades("#D55E00", "#C85500", "#F08A3C"),
     ORACLE: Shades("#009E73", "#008661", "#2DC39A"),
     RANDOM: Shades("#666666", "#666666", "#A6A6A6"),
-    "other-1": Shades("#56B4E9", "#2A93CC", "#8FD0F5"),
-    "other-2": Shades("#CC79A7", "#B8578C", "#E29BC2"),
+    "other-1": Shades("#CC79A7", "#B8578C", "#E29BC2"),
+    "other-2": Shades("#56B4E9", "#2A93CC", "#8FD0F5"),
     "other-3": Shades("#E69F00", "#AD7700", "#E6B33C"),
 }
 """By method; the others are of a method's second, third, ... variant."""
 OTHERS = tuple(name for name in SHADES if name.startswith("other"))
 MARKERS: Mapping[str, str] = {MAML: "o", PRETRAINED: "s", ORACLE: "D", RANDOM: "^"}
 STYLES = ("-", "--", "-.", ":")
-"""Of a method's first, second, ... step size."""
+"""Of a method's first, second, ... step size or variant."""
 CURVES: Mapping[str, str] = {MAML: "-", PRETRAINED: "--", ORACLE: "-.", RANDOM: "-"}
 """Of a method's learning curve; before adaptation it is dotted."""
 SMOOTHED = 5
@@ -79,7 +79,7 @@ def looks(scores: Sequence[MethodScores]) -> list[Look]:
         before = scores[:place]
         variants = list(dict.fromkeys(o.variant for o in before if o.method == one.method))
         number = variants.index(one.variant) if one.variant in variants else len(variants)
-        style = STYLES[sum(other.name == one.name for other in before) % len(STYLES)]
+        style = STYLES[sum(other.method == one.method for other in before) % len(STYLES)]
         result.append(Look(colour(one.method, number), MARKERS[one.method], style))
     return result
 

@@ -7,7 +7,7 @@ process, which has threads.
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -42,15 +42,13 @@ class Movie(Protocol):
 
 def has_ffmpeg() -> bool:
     """Return whether MP4 can be written here: the extra `video` is there, with its program."""
-    if importlib.util.find_spec("imageio_ffmpeg") is None:
-        return False
-    import imageio_ffmpeg
-
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
         return False
-    return True
+    return shutil.which(program) is not None
 
 
 class Mp4:

@@ -78,6 +78,8 @@ def what_is_missing() -> str:
         return ""
     platform = _failed or platform
     cause = f" ({VARIABLE} is {platform!r})" if platform else ""
+    other = next((name for name in WITHOUT_DISPLAY if works(name)), "")
+    cause += f"; {VARIABLE}={other} would do here" if other else ""
     return (
         f"no picture of a body without OpenGL{cause}. Without a display install, on Debian and "
         "Ubuntu: apt install libegl1 libgl1-mesa-dri libopengl0; on Fedora: dnf install "

@@ -60,7 +60,7 @@ def render(
 
     Args:
         subject: whose policy.
-        folder: where to; what was rendered there before is removed.
+        folder: where to; what was rendered there before is removed, unless nothing can be drawn.
         tasks: a row each; by default some spread over the family's range.
         checkpoint: which of the run's the policy is, for the record.
         settings: speed, size and formats.
@@ -86,6 +86,10 @@ def render(
                 trouble = str(error)
                 made = perform(subject, shown, adapted, Path(work), settings, draw=False)
             made = dataclasses.replace(made, checkpoint=checkpoint, trouble=trouble or made.trouble)
+            before = read_rendering(folder)
+            if made.video is None and before is not None and before.video is not None:
+                kept = "; the videos from before are kept"
+                return dataclasses.replace(made, trouble=made.trouble + kept)
             publish(Path(work), folder, made)
     except OSError as error:
         raise RunStopped(f"the video cannot be written to {folder}: {error}", 3) from error

@@ -19,6 +19,7 @@ from maml_rl.rendering import RenderSettings
 
 INSTANTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of an episode, in a film strip."""
+BROKE_DOWN = "the simulation broke down"
 
 
 def step_label(steps: int) -> str:
@@ -73,7 +74,7 @@ class Stage:
         ended = np.zeros(len(self.returns), bool)
         if transition is not None:
             self._step += 1
-            ended = self._take(transition, now.numpy())
+            ended = self._take(worlds, transition, now.numpy())
         if not self._movies:
             return
         self._camera = self._camera or open_camera(worlds, self._settings.size, self._settings.size)
@@ -89,7 +90,9 @@ class Stage:
         while self._instants and self._instants[0] <= self._step:
             self._keep_instant()
 
-    def _take(self, transition: Transition, now: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def _take(
+        self, worlds: Worlds, transition: Transition, now: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
         """Add up a step's rewards and return which worlds ended with it."""
         diverged = transition.diverged.numpy() & now
         good = now & ~diverged
@@ -100,13 +103,12 @@ class Stage:
             before = means if self._measures is None else self._measures
             self._measures = np.where(good[:, None], means, before)
         terminated = transition.terminated.numpy() & good
-        for which, words, failed in (
-            (terminated, self._family.ending, self._family.ending_is_failure),
-            (diverged, "the simulation broke down", True),
-        ):
-            for world in which.nonzero()[0]:
-                self.endings[world] = f"{words} at {self._family.moment(self._step)}"
-                self._failed[world] = failed
+        moment = self._family.moment(self._step)
+        for world in terminated.nonzero()[0].tolist():
+            self.endings[world] = f"{self._family.ending(worlds.state(world))} at {moment}"
+        for world in diverged.nonzero()[0].tolist():
+            self.endings[world] = f"{BROKE_DOWN} at {moment}"
+        self._failed |= diverged | (terminated & self._family.ending_is_failure)
         return terminated | diverged
 
     def _frames_due(self) -> int:
@@ -118,7 +120,7 @@ class Stage:
         """Draw one world as it is now."""
         assert self._camera is not None  # opened with the first frame
         before = self._pictures[world]
-        if before is None or not self.endings[world].startswith("the simulation"):
+        if before is None or not self.endings[world].startswith(BROKE_DOWN):
             measures = None if self._measures is None else self._measures[world]
             task = self._tasks[world % len(self._tasks)]
             picture = self._camera.frame(world, task, measures)
@@ -169,7 +171,8 @@ class Stage:
             if measure:
                 words += f", {measure}"
             column, row = divmod(world, len(self._tasks))
-            words = self.endings[world] or words
+            if self.endings[world]:
+                words = f"return {self.returns[world]:z.0f}, {self.endings[world]}"
             self._strips[row][column].append((picture, words))
 
     def finish(self) -> None:

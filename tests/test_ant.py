@@ -387,6 +387,12 @@ def test_tasks_in_words() -> None:
     assert AntDir().describe_task([1]) == "forward"
 
 
+def test_an_ant_that_left_its_range_of_heights_fell_or_jumped() -> None:
+    """By the torso's height, the third number of qpos: below .2 m, or above 1 m."""
+    for height, words in ((0.19, "fell"), (1.01, "jumped")):
+        assert AntVel().ending({"qpos": np.array([0.0, 0.0, height])}) == words
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

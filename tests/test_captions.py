@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from envs.cameras import Color, Frame
-from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey
+from maml_rl.captions import Caption, StripRow, captioned, film_strip, font, grey, largest
 
 SIZE = 120
 BAR = 2 * 9 + 3 * 4
@@ -102,8 +102,9 @@ def test_a_strip_has_time_to_the_right_and_gradient_steps_downwards() -> None:
     """Every tile whole, in its place; a title above, the labels at the left."""
     picture = strip()
     boxes = np.array([[tile(picture, color) for color in row] for row in COLORS])
-    assert (boxes[..., 1] - boxes[..., 0] == 59).all()
-    assert (boxes[..., 3] - boxes[..., 2] == 59).all()
+    # Of 60 pixels one at each side is the tile's outline.
+    assert (boxes[..., 1] - boxes[..., 0] == 57).all()
+    assert (boxes[..., 3] - boxes[..., 2] == 57).all()
     assert (np.diff(boxes[..., 0], axis=1) == 0).all()
     assert (np.diff(boxes[..., 0], axis=0) > 60).all()
     assert (np.diff(boxes[..., 2], axis=1) > 60).all()
@@ -127,3 +128,14 @@ def test_a_strips_words_are_with_what_they_are_about() -> None:
         first, last, start, end = box((changed != picture).any(-1))
         assert place[0] <= first <= last <= place[1]
         assert place[2] <= start <= end <= place[3]
+
+
+@pytest.mark.parametrize("size", [128, 160, 480])
+def test_the_words_of_a_caption_do_not_run_into_each_other(size: int) -> None:
+    """In each line a gap of its letters' width at least, in tiles that can be read."""
+    lines = (("goal (-0.28, -0.28) m", "10 gradient steps"), ("return -1234.5", "distance 0.31 m"))
+    letters = largest(lines, size)
+    for left, right in lines:
+        together = font(letters).getlength(left) + font(letters).getlength(right)
+        assert together <= size - letters
+    assert letters == 480 // 24 or size < 480

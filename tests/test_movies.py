@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -270,17 +271,16 @@ def test_ctrl_c_does_not_reach_ffmpeg(tmp_path: Path) -> None:
 
 def test_without_ffmpeg_there_is_no_mp4(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package may be missing, or there without its program."""
-    find = importlib.util.find_spec
+    there = importlib.util.find_spec("imageio_ffmpeg") is not None
     with monkeypatch.context() as changed:
-        changed.setattr(
-            importlib.util, "find_spec", lambda n: None if n == "imageio_ffmpeg" else find(n)
-        )
+        changed.setitem(sys.modules, "imageio_ffmpeg", None)
         assert not has_ffmpeg()
-    if find("imageio_ffmpeg") is None:
+    if not there:
         return
 
     def missing() -> str:
         raise RuntimeError("No ffmpeg exe could be found.")
 
-    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
-    assert not has_ffmpeg()
+    for no_program in (missing, lambda: "/nowhere/ffmpeg"):
+        monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", no_program)
+        assert not has_ffmpeg()

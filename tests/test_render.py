@@ -120,7 +120,8 @@ def replay(subject: Subject, tasks: TaskSet, *, mean: bool = False) -> Replayed:
                 step = worlds.step(torch.from_numpy(control).float())
                 returns[column, row] += float(step.rewards[0])
                 if step.terminated[0]:
-                    endings[column, row] = f"{family.ending} at {family.moment(t + 1)}"
+                    ending = family.ending(worlds.state(0))
+                    endings[column, row] = f"{ending} at {family.moment(t + 1)}"
                     break
                 observation = step.observations
     return Replayed(returns, endings, adapted)
@@ -528,7 +529,7 @@ CHEETAH = subject_of("half_cheetah_vel", family__horizon=5, evaluation__steps=1)
 def test_without_opengl_the_returns_are_written(
     found_too_late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what to install, and no pictures; those of before go, since they are of other returns.
+    """With what to install, and no pictures.
 
     Even where the trial found OpenGL and mujoco, imported before, does not.
     """
@@ -551,6 +552,21 @@ def test_without_opengl_the_returns_are_written(
     assert made == read_rendering(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
     assert Image.open is real
+
+
+def test_without_opengl_videos_from_before_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their record; a record of returns alone is replaced."""
+    monkeypatch.setattr(render_module, "what_is_missing", lambda: "no OpenGL")
+    bare = render(CHEETAH, tmp_path, settings=SMALL)
+    assert read_rendering(tmp_path) == bare
+    record = tmp_path / RECORD
+    record.write_text(record.read_text().replace('"video": null', '"video": "adaptation.mp4"'))
+    before = record.read_text()
+    made = render(CHEETAH, tmp_path, settings=SMALL)
+    assert made.trouble == "no OpenGL; the videos from before are kept"
+    assert record.read_text() == before
 
 
 def test_navigation_is_drawn_without_opengl(

@@ -399,6 +399,8 @@ def record(run: Path, **changed: object) -> Rendering:
     for column in made.columns:
         if column.video is not None:
             (folder / column.video).write_bytes(b"film %d" % column.gradient_steps)
+    if made.video is not None:
+        (folder / made.video).write_bytes(b"the grid")
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(made)})
     (folder / RECORD).write_text(text)
     return made
@@ -478,6 +480,20 @@ def test_runs_are_rendered_that_have_no_videos_of_their_checkpoint(runs: Path) -
     record(targets[0], iterations=2)
     make_report(targets, None, say=silent, film=film)
     assert asked == ["maml-seed1", "oracle-seed0", "maml-seed0"]
+
+
+def test_videos_that_were_not_made_or_are_lost_are_made(runs: Path) -> None:
+    """As where there was no OpenGL, or a file was removed."""
+    asked: list[str] = []
+    target = [runs / "maml-seed0"]
+    record(target[0], video=None)
+    make_report(target, None, say=silent, film=lambda one: asked.append(one.path.name))
+    record(target[0])
+    make_report(target, None, say=silent, film=lambda one: asked.append(one.path.name))
+    assert asked == ["maml-seed0"]
+    (target[0] / "video" / "steps_2.mp4").unlink()
+    make_report(target, None, say=silent, film=lambda one: asked.append(one.path.name))
+    assert asked == ["maml-seed0"] * 2
 
 
 def test_of_a_benchmark_the_first_meta_policy_is_rendered(runs: Path) -> None:

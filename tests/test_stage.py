@@ -107,7 +107,7 @@ class Play:
         self.seen, self.family = seen, family
         self.movies = [FakeMovie() for _ in range(columns + 1)]
         self.count = columns * len(tasks)
-        self.worlds = family.make_worlds(1, threads=1)
+        self.worlds = family.make_worlds(self.count, threads=1)
         self.stage = Stage(
             family,
             np.array(tasks, np.float32),
@@ -387,7 +387,7 @@ def test_a_video_goes_on_to_the_end_where_all_have_ended_before(seen: Seen) -> N
     # Its film strip is whole all the same.
     assert play.stage.strips()
     (row,) = seen.strips[0][2]
-    assert [words for _, words in row.tiles] == ["return 0", *["fell at 0.1 s"] * 4]
+    assert [words for _, words in row.tiles] == ["return 0", *["return 3, fell at 0.1 s"] * 4]
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": lambda: one_run("quickstart-seed0"),
     "quickstart seeds": quickstarts,
     "half_cheetah_dir run": lambda: one_run("half_cheetah_dir-seed0"),
+    "half_cheetah_dir likelihood ratio": lambda: one_run("half_cheetah_dir_lr_from_100-seed0"),
     "training": training,
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }

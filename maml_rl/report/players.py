@@ -74,7 +74,9 @@ class Player:
 def has_videos(subject: Subject) -> bool:
     """Whether a run has videos of the checkpoint that its policy is of."""
     made = read_rendering(subject.path / "video")
-    return made is not None and made.iterations == subject.iterations
+    if made is None or made.video is None or made.iterations != subject.iterations:
+        return False
+    return all((subject.path / "video" / name).is_file() for name in made.files)
 
 
 def player_of(subject: Subject) -> Player | None:
@@ -137,6 +139,6 @@ def notes_on(made: Rendering, subject: Subject) -> list[str]:
         notes.append(
             f"The videos are of the checkpoint {made.checkpoint!r} after {made.iterations} "
             f"iterations; the figures on this page are of {subject.iterations} iterations. "
-            f"`maml-rl render` makes them anew."
+            "`maml-rl render`, with this page's --checkpoint, makes them anew."
         )
     return notes

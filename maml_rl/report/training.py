@@ -199,7 +199,8 @@ def sentences(subjects: Sequence[Subject]) -> list[Sentence]:
         first = runs[0]
         text = WHAT[first.method](first.trained.experiment)
         if first.iterations:
-            text += f"; {first.iterations} iterations, {million(first.env_steps)} control steps"
+            text += f"; {first.iterations} iteration{'s' * (first.iterations != 1)}"
+            text += f", {million(first.env_steps)} control steps"
             text += " each" if len(runs) > 1 else ""
         text += f"; seed{'s' * (len(runs) > 1)} {', '.join(str(run.seed) for run in runs)}."
         alone = len(groups) == 1
@@ -254,6 +255,6 @@ def commands(tested: Tested, checkpoint: str) -> list[Command]:
             for run in runs
         ),
         Command("test", line("evaluate", *runs, *which)),
-        Command(films, line("render", runs[0])),
+        Command(films, line("render", runs[0], *which)),
         Command("this page", line("report", *runs, *which)),
     ]
