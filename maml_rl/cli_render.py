@@ -103,7 +103,7 @@ def tell(console: Console, made: Rendering, folder: Path) -> None:
         parts = []
         for column in made.columns:
             ending = f" ({column.endings[row]})" if column.endings[row] else ""
-            label = step_label(column.gradient_steps)
+            label = step_label(column.gradient_steps, len(made.columns) - 1)
             parts.append(f"{label} {column.returns[row]:z.1f}{ending}")
         say(f"  {words}: {', '.join(parts)}")
     if made.trouble:

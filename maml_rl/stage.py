@@ -16,15 +16,16 @@ from envs.family import TaskFamily, Transition, Worlds
 from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey
 from maml_rl.movies import Movie
 from maml_rl.rendering import RenderSettings
+from maml_rl.terminal import step_words
 
 INSTANTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of an episode, in a film strip."""
 BROKE_DOWN = "the simulation broke down"
 
 
-def step_label(steps: int) -> str:
-    """Return "before adapting", "1 gradient step" and so on."""
-    return f"{steps} gradient step{'s' * (steps > 1)}" if steps else "before adapting"
+def step_label(steps: int, last: int) -> str:
+    """Return "before adapting", "1 gradient step" and so on, of columns up to `last` steps."""
+    return step_words(steps).removeprefix("after ") if last else "no gradient step"
 
 
 class Stage:
@@ -136,7 +137,7 @@ class Stage:
         task = self._family.describe_task(self._tasks[world % len(self._tasks)])
         score = f"return {self.returns[world]:z.1f}"
         measure = self._measure_words(world, ".2f", named=True)
-        label = step_label(world // len(self._tasks))
+        label = step_label(world // len(self._tasks), self._columns - 1)
         return captioned(picture, Caption(task, label, score, measure, self.endings[world]))
 
     def _measure_words(self, world: int, digits: str, *, named: bool) -> str:
@@ -190,7 +191,10 @@ class Stage:
         moments = [family.moment(round(share * family.episode_steps)) for share in INSTANTS]
         pictures = []
         for row, columns in enumerate(self._strips):
-            rows = [StripRow(step_label(steps), tiles) for steps, tiles in enumerate(columns)]
+            rows = [
+                StripRow(step_label(steps, len(columns) - 1), tiles)
+                for steps, tiles in enumerate(columns)
+            ]
             title = f"{family.name}: {family.describe_task(self._tasks[row])}"
             pictures.append(film_strip(title, moments, rows))
         return pictures

@@ -113,6 +113,7 @@ def test_a_run_folder_holds_no_link_and_no_absolute_path(tmp_path: Path) -> None
             assert os.fsencode(tmp_path) not in path.read_bytes()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -75,13 +75,9 @@ def never_interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "code"),
-    [
-        ("SIGKILL", -signal.SIGKILL),
-        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
-        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
-    ],
+    ("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130), ("SIGTERM", 143)]
 )
 def test_a_run_stopped_again_and_again_equals_one_never_interrupted(
     name: str, code: int, never_interrupted: Path, tmp_path: Path
@@ -312,6 +308,7 @@ def test_two_processes_on_one_run_folder(
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_lock_does_not_outlive_its_process_in_a_child(tmp_path: Path) -> None:
     """A process that forked and died leaves no lock, though its child lives on."""
     code = HOLD.replace(

@@ -78,5 +78,11 @@ def test_every_link_and_file_exists() -> None:
     """Relative links and pictures point to files of the repository."""
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            name, _, heading = target.partition("#")
+            assert (ROOT / name).exists(), target
+            if heading:
+                lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+                titles = [line.lstrip("# ") for line in lines if line.startswith("#")]
+                slugs = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+                assert heading in slugs, target
     assert not re.search(r"@@", README)

@@ -245,7 +245,8 @@ def test_columns_are_gradient_steps_and_rows_are_tasks(seen: Seen) -> None:
 
 
 def test_number_of_steps_in_words() -> None:
-    assert [step_label(n) for n in (0, 1, 2)] == [
+    assert step_label(0, 0) == "no gradient step"
+    assert [step_label(n, 2) for n in (0, 1, 2)] == [
         *("before adapting", "1 gradient step", "2 gradient steps")
     ]
 

@@ -107,7 +107,8 @@ def player_of(subject: Subject) -> Player | None:
 
 def film_of(column: Column, made: Rendering, folder: Path) -> Film:
     """Return one column of the videos."""
-    heading = step_words(column.gradient_steps)
+    alone = len(made.columns) == 1
+    heading = "without a gradient step" if alone else step_words(column.gradient_steps)
     episodes = [
         Episode(str(task), f"{value:.1f}", str(ending))
         for task, value, ending in zip(made.task_words, column.returns, column.endings, strict=True)

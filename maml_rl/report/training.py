@@ -20,6 +20,7 @@ from maml_rl.looks import title
 from maml_rl.report.plots import metrics_of
 from maml_rl.report.tested import Tested
 from maml_rl.runs import RunFolder
+from maml_rl.terminal import step_words
 
 Settings = Experiment[TaskFamily]
 
@@ -166,7 +167,7 @@ def made_with(run: Path) -> Mapping[str, str]:
 
 WHAT: Mapping[Method, Callable[[Settings], str]] = {
     MAML: lambda e: (
-        f"meta-trained so that {steps_words(e.adaptation.inner_steps)} on "
+        f"meta-trained so that {step_words(e.adaptation.inner_steps).removeprefix('after ')} on "
         f"{e.sampling.episodes} episodes adapts it to a task"
     ),
     PRETRAINED: lambda e: "trained on all tasks alike, and adapted in the test alone",
@@ -174,11 +175,6 @@ WHAT: Mapping[Method, Callable[[Settings], str]] = {
     RANDOM: lambda e: "not trained, and adapted in the test alone",
 }
 """What became of a method's policy."""
-
-
-def steps_words(steps: int) -> str:
-    """Return "1 gradient step", "2 gradient steps" and so on."""
-    return f"{steps} gradient step{'s' * (steps > 1)}"
 
 
 class Sentence(NamedTuple):

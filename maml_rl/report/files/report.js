@@ -116,7 +116,9 @@ function player(root) {
 
   function tell(time) {
     range.value = time * slow;
-    const words = `${(time * slow).toFixed(2)} of ${(seconds * slow).toFixed(2)} s`;
+    // The last picture is shown for a moment, in which the episode's time stands still.
+    const end = seconds - frame;
+    const words = `${(Math.min(time, end) * slow).toFixed(2)} of ${(end * slow).toFixed(2)} s`;
     output.textContent = words;
     range.setAttribute("aria-valuetext", words);
   }
