@@ -43,6 +43,7 @@ def test_every_experiment_trains_one_tiny_iteration(
     assert [s["steps"] for s in summary["methods"][0]["gradient_steps"]] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_evaluated_and_trained_again_from_its_config(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

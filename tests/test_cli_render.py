@@ -243,6 +243,7 @@ def quick(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render_module, "has_ffmpeg", lambda: False)
 
 
+@pytest.mark.slow
 def test_training_with_render_ends_with_film_strips_in_tensorboard(
     quick: None, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +298,7 @@ def test_pictures_never_purge_numbers(navigation: Path) -> None:
     assert scalar_steps(navigation) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_render_shows_its_own_tasks_steps_and_checkpoint(
     small: None, no_figures: None, navigation: Path, trained: Path
 ) -> None:
@@ -319,6 +321,7 @@ def test_an_evaluation_with_render_shows_its_own_tasks_steps_and_checkpoint(
         assert ours == (trained / "evaluation" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_render_adapts_as_it_tests(
     small: None, no_figures: None, navigation: Path
 ) -> None:

@@ -283,6 +283,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,6 +255,7 @@ def test_trajectories_go_from_the_start_to_where_the_reward_says(runs: list[Subj
             assert (path <= high).all()
 
 
+@pytest.mark.slow
 def test_other_families_have_no_trajectories(tmp_path: Path) -> None:
     """And those of before do not stay; a task of three numbers has no picture against it."""
     experiment = load_experiment("half_cheetah_dir", **{**SETTINGS, "iterations": 1})

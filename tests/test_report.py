@@ -229,6 +229,7 @@ def test_runs_that_met_the_same_tasks_are_not_tested_again(
     assert "gap closed" in file.read_text()
 
 
+@pytest.mark.slow
 def test_runs_with_other_tests_are_tested_anew_and_nothing_is_written(runs: Path) -> None:
     """By the first's settings: two gradient steps are not compared with one."""
     other = runs / "maml-seed1"
@@ -496,6 +497,7 @@ def test_videos_that_were_not_made_or_are_lost_are_made(runs: Path) -> None:
     assert asked == ["maml-seed0"] * 2
 
 
+@pytest.mark.slow
 def test_of_a_benchmark_the_first_meta_policy_is_rendered(runs: Path) -> None:
     """Its other runs may have videos, which are shown, and are not made to have them."""
     folder = benchmark(runs)
