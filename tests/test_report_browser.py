@@ -209,7 +209,7 @@ def test_every_film_can_be_seen(browser: Browser, page: Path) -> None:
     time.sleep(0.3)
     assert films(browser, "paused") == [True] * 4
     assert films(browser, "currentTime") == [0] * 4
-    assert find(browser, "output").text == "0.00 of 1.20 s"
+    assert find(browser, "output").text == "0.00 of 1.10 s"
 
 
 def test_the_scrubber_moves_all_films(browser: Browser, page: Path) -> None:
@@ -218,7 +218,7 @@ def test_the_scrubber_moves_all_films(browser: Browser, page: Path) -> None:
     scrubber = find(browser, "input[type=range]")
     scrubber.send_keys(*[Keys.ARROW_RIGHT] * 5)
     assert times(browser) == pytest.approx([0.5] * 4)
-    assert find(browser, "output").text == "0.50 of 1.20 s"
+    assert find(browser, "output").text == "0.50 of 1.10 s"
     scrubber.send_keys(Keys.ARROW_LEFT)
     assert times(browser) == pytest.approx([0.4] * 4)
     scrubber.send_keys(Keys.END)
