@@ -16,15 +16,12 @@ from maml_rl.assess import Subject, load_subject, under_settings
 from maml_rl.cli_shared import Importing, RunOptions, Switch
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.render import render
-from maml_rl.rendering import Rendering, RenderSettings
+from maml_rl.rendering import VIDEO, Rendering, RenderSettings, read_rendering
 from maml_rl.report.page import make_report
 from maml_rl.runs import RunFolder
 from maml_rl.settings import parse_options
 from maml_rl.stage import step_label
 from maml_rl.task_sets import TaskSet, chosen
-
-VIDEO = "video"
-"""The folder of a run's videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,9 @@ def tell(console: Console, made: Rendering, folder: Path) -> None:
     if made.video is not None:
         say(f"Video: {folder / made.video}")
         say(f"Film strips: {', '.join(str(folder / name) for name in made.strips)}")
-    say(f"Written: {folder}")
+    # Not where videos from before are kept in its place.
+    if read_rendering(folder) == made:
+        say(f"Written: {folder}")
 
 
 def render_trained(console: Console, run: Path, *, quiet: bool) -> None:

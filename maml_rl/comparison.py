@@ -34,6 +34,11 @@ Key = tuple[str, str, float, str]
 """What tells apart the rows of a comparison: method, variant, step size and source of tasks."""
 
 
+def method_name(method: str, variant: str) -> str:
+    """Return what a method is called: with its variant, where it has several."""
+    return f"{method} ({variant})" if variant else method
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One policy's test."""
@@ -108,7 +113,12 @@ class MethodScores:
     @property
     def name(self) -> str:
         """The method in words, with the variant where there are several."""
-        return f"{self.method} ({self.variant})" if self.variant else self.method
+        return method_name(self.method, self.variant)
+
+    @property
+    def step_size_words(self) -> str:
+        """The step size, "" where no gradient step is taken."""
+        return f"{self.step_size:g}" if len(self.steps) > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from maml_rl.comparison import (
     MethodScores,
     Outcome,
     grouped,
+    method_name,
     stack,
 )
 from maml_rl.episodes import Episodes
@@ -210,7 +211,7 @@ def curves_figure(subjects: Sequence[Subject]) -> Figure | None:
         variants = [v for m, v in curves if m == method]
         shade = SHADES[colour(method, variants.index(variant))].figure
         look: dict[str, Any] = {"color": shade}
-        name = f"{method} ({variant})" if variant else method
+        name = method_name(method, variant)
         count = phases(runs[0])
         for phase in range(count):
             label, style = curve_name(name, phase, count), curve_style(method, phase, count)

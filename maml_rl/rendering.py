@@ -10,6 +10,8 @@ from pathlib import Path
 from maml_rl.checkpoints import UNREADABLE
 from maml_rl.errors import InputError
 
+VIDEO = "video"
+"""The folder of a run's videos."""
 RECORD = "video.json"
 FORMAT = 1
 OURS = re.compile(r"\w+\.(mp4|webp|gif|png)", re.ASCII)

@@ -20,7 +20,6 @@ from maml_rl.terminal import step_words
 
 INSTANTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of an episode, in a film strip."""
-BROKE_DOWN = "the simulation broke down"
 
 
 def step_label(steps: int, last: int) -> str:
@@ -59,6 +58,7 @@ class Stage:
         self.endings = [""] * count
         self.frames = 0
         self._failed = np.zeros(count, bool)
+        self._broken = np.zeros(count, bool)
         self._recent: deque[npt.NDArray[np.float32]] = deque(maxlen=family.shown_mean_steps)
         self._measures: npt.NDArray[np.float32] | None = None
         self._step = self._drawn_step = 0
@@ -108,7 +108,8 @@ class Stage:
         for world in terminated.nonzero()[0].tolist():
             self.endings[world] = f"{self._family.ending(worlds.state(world))} at {moment}"
         for world in diverged.nonzero()[0].tolist():
-            self.endings[world] = f"{BROKE_DOWN} at {moment}"
+            self.endings[world] = f"the simulation broke down at {moment}"
+        self._broken |= diverged
         self._failed |= diverged | (terminated & self._family.ending_is_failure)
         return terminated | diverged
 
@@ -121,7 +122,7 @@ class Stage:
         """Draw one world as it is now."""
         assert self._camera is not None  # opened with the first frame
         before = self._pictures[world]
-        if before is None or not self.endings[world].startswith(BROKE_DOWN):
+        if before is None or not self._broken[world]:
             measures = None if self._measures is None else self._measures[world]
             task = self._tasks[world % len(self._tasks)]
             picture = self._camera.frame(world, task, measures)
@@ -167,14 +168,10 @@ class Stage:
         self._instants.pop(0)
         for world, picture in enumerate(self._pictures):
             assert picture is not None  # drawn for this
-            words = f"return {self.returns[world]:z.0f}"
-            measure = self._measure_words(world, ".1f", named=False)
-            if measure:
-                words += f", {measure}"
+            score = f"return {self.returns[world]:z.0f}"
+            more = self.endings[world] or self._measure_words(world, ".1f", named=False)
             column, row = divmod(world, len(self._tasks))
-            if self.endings[world]:
-                words = f"return {self.returns[world]:z.0f}, {self.endings[world]}"
-            self._strips[row][column].append((picture, words))
+            self._strips[row][column].append((picture, ", ".join(filter(None, (score, more)))))
 
     def finish(self) -> None:
         """Show the end, where every episode was over before its time."""

@@ -246,10 +246,7 @@ def row_heads(scores: Sequence[MethodScores], table: Table) -> list[list[str]]:
     if sizes:
         table.add_column("step size", justify="right")
     table.add_column("steps", justify="right")
-    return [
-        [one.name, *([f"{one.step_size:g}" if len(one.steps) > 1 else ""] if sizes else [])]
-        for one in scores
-    ]
+    return [[one.name, *([one.step_size_words] if sizes else [])] for one in scores]
 
 
 def rows_of(
@@ -282,8 +279,7 @@ def difference_table(compared: Comparison) -> Table | None:
     before = None
     for one in compared.differences:
         other = one.method
-        size = f"{other.step_size:g}" if len(other.steps) > 1 else ""
-        head = [other.name, size] if other is not before else ["", ""]
+        head = [other.name, other.step_size_words] if other is not before else ["", ""]
         before = other
         table.add_row(*head, str(one.steps), f"{one.mean:.1f}", interval(*one.interval))
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maml_rl.assess import Subject
 from maml_rl.errors import refusal
-from maml_rl.rendering import Column, Rendering, read_rendering
+from maml_rl.rendering import VIDEO, Column, Rendering, read_rendering
 from maml_rl.terminal import step_words
 
 KINDS: Mapping[str, str] = {
@@ -73,10 +73,10 @@ class Player:
 
 def has_videos(subject: Subject) -> bool:
     """Whether a run has videos of the checkpoint that its policy is of."""
-    made = read_rendering(subject.path / "video")
+    made = read_rendering(subject.path / VIDEO)
     if made is None or made.video is None or made.iterations != subject.iterations:
         return False
-    return all((subject.path / "video" / name).is_file() for name in made.files)
+    return all((subject.path / VIDEO / name).is_file() for name in made.files)
 
 
 def player_of(subject: Subject) -> Player | None:
@@ -85,7 +85,7 @@ def player_of(subject: Subject) -> Player | None:
     Raises:
         InputError: if their record is damaged.
     """
-    folder = subject.path / "video"
+    folder = subject.path / VIDEO
     made = read_rendering(folder)
     if made is None or not made.columns:
         return None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from envs.family import TaskFamily
 from maml_rl.assess import Subject
-from maml_rl.comparison import Method, MethodScores, Outcome, grouped, stack
+from maml_rl.comparison import Method, MethodScores, Outcome, grouped, method_name, stack
 from maml_rl.errors import refusal
 from maml_rl.looks import (
     MARKERS,
@@ -258,7 +258,7 @@ def curves_chart(subjects: Sequence[Subject]) -> tuple[Chart | None, str]:
     for (method, variant), found in runs.items():
         variants = [v for m, v in runs if m == method]
         shade = colour(method, variants.index(variant))
-        name = f"{method} ({variant})" if variant else method
+        name = method_name(method, variant)
         for phase in range(count := phases(found[0])):
             lines = [(million_steps(run), np.array(run[f"return_{phase}"])) for run in found]
             stride = math.ceil(max(len(x) for x, _ in lines) / MOST_POINTS)

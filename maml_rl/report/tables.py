@@ -98,12 +98,7 @@ def scores_table(
 def group_of(one: MethodScores, columns: Sequence[Column]) -> Group:
     """Return the lines of one method."""
     rows = [Row(str(s.steps), [column.cell(s) for column in columns]) for s in one.steps]
-    return Group(one.name, size_of(one), rows)
-
-
-def size_of(one: MethodScores) -> str:
-    """Return a method's step size, "" where it takes no step."""
-    return f"{one.step_size:g}" if len(one.steps) > 1 else ""
+    return Group(one.name, one.step_size_words, rows)
 
 
 def by_task_table(scores: Sequence[MethodScores], family: TaskFamily) -> Table | None:
@@ -125,7 +120,7 @@ def by_task_table(scores: Sequence[MethodScores], family: TaskFamily) -> Table |
                 if measure:
                     cells.append(number(f"{measures[0]:.2f}", float(measures[0])))
             rows.append(Row(str(step.steps), cells))
-        groups.append(Group(one.name, size_of(one), rows))
+        groups.append(Group(one.name, one.step_size_words, rows))
     return Table("By task", columns, groups)
 
 
@@ -144,7 +139,7 @@ def by_seed_table(scores: Sequence[MethodScores]) -> Table | None:
                 for seed in seeds
             ]
             rows.append(Row(str(step.steps), cells))
-        groups.append(Group(one.name, size_of(one), rows))
+        groups.append(Group(one.name, one.step_size_words, rows))
     return Table("By seed: mean return of each run", [f"seed {seed}" for seed in seeds], groups)
 
 
@@ -156,7 +151,7 @@ def differences_table(compared: Comparison) -> Table | None:
     groups: dict[int, Group] = {}
     for one in compared.differences:
         other = one.method
-        group = groups.setdefault(id(other), Group(other.name, size_of(other), []))
+        group = groups.setdefault(id(other), Group(other.name, other.step_size_words, []))
         cells = [Cell(f"{one.mean:.1f}", one.mean), Cell(interval(*one.interval))]
         group.rows.append(Row(str(one.steps), cells))
     caption = f"{first.name}, step size {first.step_size:g}, minus the others, task by task"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from envs.family import TaskFamily
 from maml_rl.assess import Subject
 from maml_rl.checkpoints import PARAMETERS
-from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method
+from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method, method_name
 from maml_rl.config import Experiment, family_name
 from maml_rl.errors import RunWarning
 from maml_rl.looks import title
@@ -82,7 +82,7 @@ def settings_table(subjects: Sequence[Subject]) -> SettingsTable:
 
 def name_of(subject: Subject) -> str:
     """Return what a run's method is called."""
-    return f"{subject.method} ({subject.variant})" if subject.variant else subject.method
+    return method_name(subject.method, subject.variant)
 
 
 class Training(NamedTuple):
