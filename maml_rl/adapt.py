@@ -6,7 +6,7 @@ task's parameters and data, so the supervised mode adapts with these same lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ def adapt(
     loss: Callable[[Params, Data], Tensor],
     params: Params,
     data: Data,
-    step_size: float,
+    step_size: float | Mapping[str, float | Tensor],
     *,
     first_order: bool = False,
 ) -> Params:
@@ -37,23 +37,31 @@ def adapt(
         loss: maps one task's parameters and data, without task axis, to a scalar.
         params: parameters of M tasks, each tensor (M, ...).
         data: what the loss reads, each tensor (M, ...).
-        step_size: alpha > 0, in parameter units per unit of gradient.
+        step_size: alpha > 0, in parameter units per unit of gradient. Or one by name, of which a
+            tensor, shaped as the parameter or a scalar, may be learned and have any sign (Meta-SGD,
+            Li et al. 2017, arXiv:1707.09835); parameters without one are not adapted (as in
+            ANIL, Raghu et al. 2020, arXiv:1909.09157).
         first_order: whether the derivative of the step leaves out the loss's curvature.
 
     Returns:
         Adapted parameters, with the names and shapes of `params`.
 
     Raises:
-        ValueError: if `step_size` is not positive.
+        ValueError: if a step size is not positive, or is of no parameter.
     """
-    if not step_size > 0:
-        raise ValueError(f"step_size must be positive, got {step_size}")
+    sizes = step_size if isinstance(step_size, Mapping) else dict.fromkeys(params, step_size)
+    for name, size in sizes.items():
+        if name not in params:
+            raise ValueError(f"there is a step size for {name!r}, which is no parameter")
+        if not isinstance(size, Tensor) and not size > 0:
+            raise ValueError(f"step_size must be positive, got {size}")
 
     def step(theta: Params, task: Data) -> Params:
-        gradient = grad(loss)(theta, task)
+        moving = {name: theta[name] for name in sizes}
+        gradient = grad(lambda some: loss(theta | some, task))(moving)
         if first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
-        return {name: p - step_size * gradient[name] for name, p in theta.items()}
+        return theta | {name: p - sizes[name] * gradient[name] for name, p in moving.items()}
 
     return vmap(step)(params, data)
 

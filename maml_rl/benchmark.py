@@ -28,11 +28,12 @@ from maml_rl.assess import (
 )
 from maml_rl.benchmark_file import Benchmark
 from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method
-from maml_rl.config import Experiment
+from maml_rl.config import Experiment, as_tree
 from maml_rl.errors import CheckpointError, InputError
+from maml_rl.loop import Watcher
 from maml_rl.runs import RunFolder, begun_from
 from maml_rl.task_sets import TaskSet, held_out, papers_own, validation
-from maml_rl.train import Watcher, meta_train, resume
+from maml_rl.train import meta_train, resume
 from maml_rl.trained import differing, experiment_of
 
 
@@ -131,7 +132,7 @@ def check_same(one: Planned, path: Path) -> None:
         )
     if there.seed != ours.seed:
         raise InputError(f"{path} has seed {there.seed}, and {one.name} is to be there")
-    if changed := differing(there, ours, NOT_OF_THE_RUN):
+    if changed := differing(as_tree(there), as_tree(ours), NOT_OF_THE_RUN):
         raise InputError(
             f"{path} was trained with other settings than the benchmark's for {one.name}: "
             f"{changed}; {elsewhere}"

@@ -1,6 +1,7 @@
 """Checkpoints: whole, or refused. Nothing in one is ever run as code.
 
 CHECKPOINT/parameters.safetensors   theta
+           optimizer.safetensors    what the outer optimiser remembers, if it does: Adam's moments
            state.json               counters; with the seed in the config all randomness follows
            config.yaml              the resolved experiment
            manifest.json            format, size and sha256 of each file, order of the parameters,
@@ -21,23 +22,23 @@ import stat
 import warnings
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 
-from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.config import Experiment, family_name, to_yaml
 from maml_rl.errors import CheckpointError, RunWarning
-from maml_rl.versions import versions
 
 FORMAT = 1
 PARAMETERS, STATE, CONFIG = "parameters.safetensors", "state.json", "config.yaml"
-MANIFEST = "manifest.json"
+OPTIMIZER, MANIFEST = "optimizer.safetensors", "manifest.json"
 
-LARGEST: Mapping[str, int] = {PARAMETERS: 2**31, STATE: 2**16, CONFIG: 2**20, MANIFEST: 2**20}
+LARGEST: Mapping[str, int] = {
+    **{PARAMETERS: 2**31, OPTIMIZER: 2**32},
+    **{STATE: 2**16, CONFIG: 2**20, MANIFEST: 2**20},
+}
 """Bytes beyond which a file is refused unread."""
 
 KINDS = ("latest", "previous", "best")
@@ -57,11 +58,12 @@ class State:
     iteration: int
     """Iterations done."""
     env_steps: int
-    """Control steps sampled for training."""
+    """Control steps sampled for training; in supervised learning, tasks drawn."""
     best_return: float
-    """Best return after adaptation of any batch; -inf before the first."""
+    """Best return after adaptation of any batch, in supervised learning best accuracy, or least
+    error with a minus, on the validation tasks; -inf before the first."""
     best_iteration: int
-    """The iteration that sampled it; -1 before the first."""
+    """The iteration that it is of; -1 before the first."""
     refused_in_a_row: int = 0
     """Updates refused since the last that was accepted."""
     chunk_size: int = 0
@@ -98,26 +100,15 @@ class Origin:
     config: str
     """The resolved experiment, YAML."""
     made_for: Mapping[str, str | int]
-    """Family, protocol, and sizes of observation and action."""
+    """Family, protocol, and sizes of observation and action; or problem and sizes of an example."""
     versions: Mapping[str, str]
 
 
-def origin_of(experiment: Experiment[TaskFamily]) -> Origin:
-    """Return what checkpoints of an experiment are made for, here and now."""
-    return Origin(to_yaml(experiment), made_for(experiment.family), versions())
-
-
-MADE_FOR = {"family", "protocol", "observations", "actions"}
-
-
-def made_for(family: TaskFamily) -> Mapping[str, str | int]:
-    """Return what must be equal for a policy of one family to be of use for another."""
-    return {
-        "family": family_name(family),
-        "protocol": family.protocol_name,
-        "observations": len(family.observation_columns),
-        "actions": len(family.action_columns),
-    }
+MADE_FOR = (
+    {"family", "protocol", "observations", "actions"},
+    {"problem", "inputs", "outputs"},
+)
+"""What is told of a policy, and of a network of supervised learning."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +119,13 @@ class Checkpoint:
     theta: Params
     state: State
     origin: Origin
+    optimizer: Params = field(default_factory=dict)
+    """What the outer optimiser remembers; nothing where it forgets."""
 
 
-def write_checkpoint(target: Path, theta: Params, state: State, origin: Origin) -> None:
+def write_checkpoint(
+    target: Path, theta: Params, state: State, origin: Origin, optimizer: Params | None = None
+) -> None:
     """Write a checkpoint into a new folder `target`, and wait until the disk has it.
 
     Raises:
@@ -138,9 +133,9 @@ def write_checkpoint(target: Path, theta: Params, state: State, origin: Origin) 
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    tensors = {name: p.detach().cpu().contiguous() for name, p in theta.items()}
     contents = {
-        PARAMETERS: safetensors.torch.save(tensors),
+        PARAMETERS: as_safetensors(theta),
+        **({OPTIMIZER: as_safetensors(optimizer)} if optimizer else {}),
         STATE: as_json(asdict(state)).encode(),
         CONFIG: origin.config.encode(),
     }
@@ -160,6 +155,13 @@ def write_checkpoint(target: Path, theta: Params, state: State, origin: Origin) 
             file.flush()
             os.fsync(file.fileno())
     sync_folder(target)
+
+
+def as_safetensors(tensors: Params) -> bytes:
+    """Return tensors by name as the content of a file."""
+    plain = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
+    content: bytes = safetensors.torch.save(plain)
+    return content
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -212,7 +214,7 @@ def _read(folder: int, path: Path) -> Checkpoint:
             f"format {FORMAT}: install the version that wrote it, {manifest['versions']['maml-rl']}"
         )
     files = manifest["files"]
-    if set(files) != {PARAMETERS, STATE, CONFIG}:
+    if set(files) - {OPTIMIZER} != {PARAMETERS, STATE, CONFIG}:
         raise ValueError(f"{MANIFEST} names other files than a checkpoint's: {sorted(files)}")
     contents = {}
     for name, expected in files.items():
@@ -225,7 +227,7 @@ def _read(folder: int, path: Path) -> Checkpoint:
     if sorted(order) != sorted(tensors):
         raise ValueError(f"{PARAMETERS} holds other parameters than the manifest names")
     made_for, versions = manifest["made_for"], manifest["versions"]
-    if set(made_for) != MADE_FOR or not all(type(v) in (str, int) for v in made_for.values()):
+    if set(made_for) not in MADE_FOR or not all(type(v) in (str, int) for v in made_for.values()):
         raise ValueError(f"{MANIFEST} does not tell what the checkpoint was made for")
     if not all(type(version) is str for version in versions.values()):
         raise ValueError(f"{MANIFEST} does not tell the versions")
@@ -234,6 +236,7 @@ def _read(folder: int, path: Path) -> Checkpoint:
         {name: tensors[name] for name in order},
         State.from_json(contents[STATE]),
         Origin(contents[CONFIG].decode(), made_for, versions),
+        safetensors.torch.load(contents[OPTIMIZER]) if OPTIMIZER in contents else {},
     )
 
 
@@ -275,6 +278,7 @@ class Checkpoints:
         origin: Origin,
         *,
         best: tuple[Params, State] | None = None,
+        optimizer: Params | None = None,
     ) -> None:
         """Save a checkpoint as `latest`, and what was `latest` as `previous`.
 
@@ -286,6 +290,8 @@ class Checkpoints:
             state: all else.
             origin: what it is made for and with.
             best: what to save as `best`, if the best batch so far is new.
+            optimizer: what the outer optimiser remembers at theta, and at the best, which is theta
+                itself where there is such an optimiser.
 
         Raises:
             OSError: if it cannot be written; the old ones are kept.
@@ -294,9 +300,9 @@ class Checkpoints:
         for name in KINDS:
             self._settle(name)
         if best is not None:
-            write_checkpoint(self._hidden("best"), *best, origin)
+            write_checkpoint(self._hidden("best"), *best, origin, optimizer)
             self._replace("best", keep_as=None)
-        write_checkpoint(self._hidden("latest"), theta, state, origin)
+        write_checkpoint(self._hidden("latest"), theta, state, origin, optimizer)
         self._replace("latest", keep_as="previous")
 
     def _settle(self, name: str) -> None:

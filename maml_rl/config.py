@@ -9,35 +9,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-import tyro
 import yaml
 
 import envs
 from envs import TaskFamily
 from maml_rl.advantages import AdvantageSettings
+from maml_rl.checkpoints import Origin
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import EvaluationSettings
 from maml_rl.maml import AdaptationSettings
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.policy import PolicySettings
 from maml_rl.sampler import SamplingSettings
-from maml_rl.settings import (
-    FAMILY_NAME,
-    Setting,
-    as_flags,
-    check_value,
-    checked_settings,
-    parse_with_tyro,
-    settings_of,
-    split_family_name,
-)
+from maml_rl.settings import Choice, as_flags, for_tyro, parse_with_tyro, words_of
 from maml_rl.trust_region import TrustRegionSettings
+from maml_rl.versions import versions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 F = TypeVar("F", bound=TaskFamily)
 
@@ -106,9 +102,12 @@ def observation_size(experiment: Experiment[TaskFamily]) -> int:
 
 def experiment_type(family: type[TaskFamily], *marks: object) -> type[Experiment[TaskFamily]]:
     """Return the experiment's type for a family that is known only now, annotated for tyro."""
-    marked = (Experiment[family], tyro.conf.FlagConversionOff, *marks)  # type: ignore[valid-type]
-    result: type[Experiment[TaskFamily]] = Annotated.__class_getitem__(marked)  # type: ignore[attr-defined]
-    return result
+    return for_tyro(Experiment[family], *marks)  # type: ignore[valid-type]  # known only now
+
+
+def is_supervised(tree: Mapping[str, object]) -> bool:
+    """Whether an experiment file is one of supervised learning."""
+    return "data" in tree and "family" not in tree
 
 
 def shipped_folder() -> Path:
@@ -118,11 +117,23 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "experiments"
 
 
-def shipped_experiments() -> dict[str, Path]:
-    """Return the experiment files that travel with the package, by name."""
+@functools.cache
+def shipped_files() -> Mapping[str, Path]:
+    """Return the files of both kinds of experiment that travel with the package, by name."""
     benchmarks = shipped_benchmarks()
     files = sorted(shipped_folder().glob("*.yaml"))
     return {p.stem: p for p in files if p.stem not in benchmarks}
+
+
+@functools.cache
+def shipped_experiments() -> Mapping[str, Path]:
+    """Return the experiments of reinforcement learning among them."""
+    return {name: p for name, p in shipped_files().items() if not is_supervised(read_yaml(p))}
+
+
+def shipped_supervised() -> Mapping[str, Path]:
+    """Return the experiments of supervised learning among them."""
+    return {n: p for n, p in shipped_files().items() if n not in shipped_experiments()}
 
 
 def shipped_benchmarks() -> dict[str, Path]:
@@ -138,7 +149,7 @@ def find_experiment(name: str) -> Path:
     """
     if name in shipped_benchmarks():
         raise refusal(f"{name!r} is a benchmark: maml-rl benchmark {name}")
-    return find_file(name, shipped_experiments(), "experiment")
+    return find_file(name, shipped_files(), "experiment")
 
 
 def find_file(name: str, shipped: Mapping[str, Path], what: str) -> Path:
@@ -166,45 +177,21 @@ def find_file(name: str, shipped: Mapping[str, Path], what: str) -> Path:
     raise refusal(f"there is no {what} file {name!r}, and none of that name ships: {hint}")
 
 
-def family_from(tree: Mapping[str, object], override: str | None, source: str) -> str:
-    """Return the family's name from a flag, or else from a file.
-
-    Raises:
-        InputError: if neither names one.
-    """
-    section = tree.get("family", {})
-    if not isinstance(section, dict):
-        raise refusal(f"{source}: family must hold settings of its own, such as `name:`")
-    name = override if override is not None else section.get("name")
-    if name is None:
-        raise refusal(f"{source}: family.name is missing; one of {', '.join(envs.FAMILIES)}")
-    check_value(FAMILY_NAME, name, str, source)
-    return str(name)
+FAMILY = Choice("family", list(envs.FAMILIES), envs.family_class)
+"""How an experiment names its task family."""
 
 
 def experiment_words(
     tree: Mapping[str, object], source: str, flags: Sequence[str], *, ignored: Sequence[str] = ()
 ) -> tuple[type[TaskFamily], list[str]]:
-    """Return an experiment's family and all its settings as command-line words, flags last.
-
-    Args:
-        tree: what the YAML file holds.
-        source: the file's name, for messages.
-        flags: what stands on the command line after it.
-        ignored: flags of the command that are no settings of the experiment.
+    """Return an experiment's family and all its settings as words; see `settings.words_of`.
 
     Raises:
-        InputError: for an unknown family or key, a value of the wrong type or a missing one.
+        InputError: if they are wrong, or are those of supervised learning.
     """
-    override, rest = split_family_name(flags)
-    try:
-        family = envs.family_class(family_from(tree, override, source))
-    except envs.FamilyError as error:
-        raise refusal(f"family.name: {error}") from error
-    settings = dict(settings_of(Experiment, family)) | {FAMILY_NAME: Setting(str, False)}
-    in_file = checked_settings(settings, tree, source, rest, ignored=ignored)
-    in_file.pop(FAMILY_NAME, None)
-    return family, [*as_flags(in_file), *rest]
+    if is_supervised(tree):
+        raise refusal(f"{source} is an experiment of supervised learning: it has `data`, no family")
+    return words_of(Experiment, FAMILY, tree, source, flags, ignored=ignored)
 
 
 def load_experiment(name: str | Path, **overrides: object) -> Experiment[TaskFamily]:
@@ -244,6 +231,11 @@ def family_name(family: TaskFamily) -> str:
 
 def as_tree(experiment: Experiment[TaskFamily]) -> dict[str, object]:
     """Return all settings, resolved, as plain nested mappings: a valid experiment file."""
+    return named_tree(experiment, FAMILY.section, family_name(experiment.family))
+
+
+def named_tree(experiment: DataclassInstance, section: str, name: str) -> dict[str, object]:
+    """Return all settings as plain nested mappings; one section begins with its `name`."""
 
     def plain(value: object) -> object:
         if isinstance(value, dict):
@@ -252,23 +244,30 @@ def as_tree(experiment: Experiment[TaskFamily]) -> dict[str, object]:
             return [plain(v) for v in value]
         return value
 
-    tree = {f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}
-    family = experiment.family
-    return {
-        key: {"name": family_name(family), **_plain_dict(plain(dataclasses.asdict(family)))}
-        if key == "family"
-        else plain(dataclasses.asdict(value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-        for key, value in tree.items()
-    }
-
-
-def _plain_dict(value: object) -> dict[str, object]:
-    assert isinstance(value, dict)
-    return value
+    tree: dict[str, object] = {}
+    for key, value in vars(experiment).items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            first = {"name": name} if key == section else {}
+            value = {**first, **{k: plain(v) for k, v in dataclasses.asdict(value).items()}}
+        tree[key] = value
+    return tree
 
 
 def to_yaml(experiment: Experiment[TaskFamily]) -> str:
     """Return all settings, resolved, as YAML."""
     return yaml.safe_dump(as_tree(experiment), sort_keys=False)
+
+
+def made_for(family: TaskFamily) -> Mapping[str, str | int]:
+    """Return what must be equal for a policy of one family to be of use for another."""
+    return {
+        "family": family_name(family),
+        "protocol": family.protocol_name,
+        "observations": len(family.observation_columns),
+        "actions": len(family.action_columns),
+    }
+
+
+def origin_of(experiment: Experiment[TaskFamily]) -> Origin:
+    """Return what checkpoints of an experiment are made for, here and now."""
+    return Origin(to_yaml(experiment), made_for(experiment.family), versions())

@@ -18,10 +18,12 @@ from torch import Tensor
 from envs.family import TaskFamily
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings
+from maml_rl.chunks import Chunks
 from maml_rl.episodes import Episodes, pack
-from maml_rl.maml import AdaptationSettings, Chunks, adapt_in_chunks, chunk_size, estimate_in_chunks
+from maml_rl.maml import AdaptationSettings, adapt_in_chunks, chunk_size, estimate_in_chunks
 from maml_rl.policy import GaussianPolicy
-from maml_rl.sampler import TEST_SEED, Sampler, task_seeds
+from maml_rl.sampler import Sampler, task_seeds
+from maml_rl.seeds import TEST_SEED
 from maml_rl.task_sets import TaskSet, held_out
 
 if TYPE_CHECKING:

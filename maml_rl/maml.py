@@ -9,24 +9,21 @@ the number of threads.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, TypeVar
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from maml_rl.adapt import Params, broadcast, flatten, unflatten
 from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.chunks import Chunks, join_tasks, of_tasks
 from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, kl_divergence, log_density, log_std
 from maml_rl.trust_region import Report, TrustRegionSettings, trust_region_step
-
-T = TypeVar("T")
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
 """Why an update was refused before it was begun."""
@@ -92,51 +89,6 @@ def chunk_size(tasks: int, device: str) -> int:
     whatever the number of threads.
     """
     return tasks if device != "cpu" else next(n for n in (4, 3, 2, 1) if tasks % n == 0)
-
-
-class Chunks:
-    """Applies a function to chunks of tasks on a few threads of one torch thread each."""
-
-    def __init__(self, threads: int = 0, size: int = 1) -> None:
-        """Make a pool of `threads` threads (0: one a core) and chunks of `size` tasks (0: all)."""
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self.size = size
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(
-            self.threads, "maml-rl", initializer=torch.set_num_threads, initargs=(1,)
-        )
-
-    def map(self, function: Callable[[int, int], T], tasks: int) -> list[T]:
-        """Return function(start, stop) of every chunk, in task order."""
-        if self._process != os.getpid():
-            # After a fork: the parent's threads are not here.
-            self._start_threads()
-        size = self.size or tasks
-        starts = range(0, tasks, size)
-        return list(self._pool.map(lambda s: function(s, min(s + size, tasks)), starts))
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def of_tasks(params: Params, start: int, stop: int) -> Params:
-    """Return parameters of tasks start to stop - 1."""
-    return {name: p[start:stop] for name, p in params.items()}
-
-
-def join_tasks(parts: Sequence[Params]) -> Params:
-    """Join chunks of tasks' parameters along the task axis."""
-    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def adapt_in_chunks(inner: InnerStep, params: Params, steps: Steps, chunks: Chunks) -> Params:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from envs.family import TaskFamily
 from maml_rl.config import Experiment, observation_size
 from maml_rl.errors import InputError, RunStopped
+
+T = TypeVar("T")
 
 
 def physical_memory() -> int:
@@ -96,6 +99,18 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory did not suffice, on the CPU or a GPU."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def repeated_where_memory_fails(attempt: Callable[[], T], take_less: Callable[[], None]) -> T:
+    """Return what an attempt gives; while memory does not suffice, take less and try again."""
+    while True:
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the except block, where the failed attempt's arrays are free.
+        take_less()
 
 
 @contextmanager

@@ -7,18 +7,17 @@ parameter an action. Both are adapted. Actions are in the policy's unit, where 1
 
 from __future__ import annotations
 
-import copy
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from maml_rl.adapt import Params
+from maml_rl.stateless import StatelessModule
 
 MIN_LOG_STD = math.log(1e-6)
 LOG_STD = "log_std"
@@ -112,32 +111,19 @@ class Mlp:
 
 
 class ModuleNetwork:
-    """Any module (O) -> (A) that works on a batch of rows, as a function of its parameters.
-
-    `functional_call` puts parameters into the module while it runs, so two threads must never
-    share one: each works on a copy of its own, and the module that was given is left alone.
-    """
+    """Any module (O) -> (A) that works on a batch of rows, as a function of its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._copies = threading.local()
-
-    def _copy(self) -> nn.Module:
-        """Return this thread's copy."""
-        copied: nn.Module | None = getattr(self._copies, "module", None)
-        if copied is None:
-            copied = self._copies.module = copy.deepcopy(self.module)
-        return copied
+        self._function = StatelessModule(module)
 
     def initial_parameters(self, generator: torch.Generator) -> Params:
         """Return the module's own parameters; the generator is not used."""
-        return {f"mean.{n}": p.detach().clone() for n, p in self.module.named_parameters()}
+        return {f"mean.{n}": p for n, p in self._function.parameters().items()}
 
     def __call__(self, params: Params, observations: Tensor) -> Tensor:
         """Map one task's observations (S, O) to means (S, A)."""
         own = {n.removeprefix("mean."): p for n, p in params.items() if n != LOG_STD}
-        means: Tensor = functional_call(self._copy(), own, (observations,))
-        return means
+        return self._function(own, observations)
 
     def of_tasks(self, params: Params, observations: Tensor) -> Tensor:
         """Map M tasks' observations (M, S, O) to means (M, S, A)."""

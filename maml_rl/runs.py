@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import (
     FRESH,
@@ -38,10 +37,8 @@ from maml_rl.checkpoints import (
     Origin,
     State,
     as_json,
-    origin_of,
     sync_folder,
 )
-from maml_rl.config import Experiment
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.locks import NAME as LOCK
 from maml_rl.locks import FolderLock, holder
@@ -103,14 +100,20 @@ class RunFolder:
     def create(
         cls,
         path: Path,
-        experiment: Experiment[TaskFamily],
+        origin: Origin,
         theta: Params,
         *,
         init: str | None = None,
+        optimizer: Params | None = None,
     ) -> RunFolder:
         """Make a new run folder with a first checkpoint, and lock it.
 
-        `init` is the name of the run whose parameters it begins with, if they are no new ones.
+        Args:
+            path: where.
+            origin: the experiment and what it is for.
+            theta: parameters that it begins with.
+            init: name of the run whose parameters they are, if they are no new ones.
+            optimizer: what the outer optimiser remembers.
 
         Raises:
             InputError: if it exists and is not empty, or cannot be written.
@@ -126,12 +129,12 @@ class RunFolder:
             if not is_unused(path):
                 raise InputError(f"{path} has just been taken; choose another with --out DIR")
             check_space(path, theta)
-            folder._origin = origin_of(experiment)
-            folder.save(theta, FRESH, best=None)
+            folder._origin = origin
+            folder.save(theta, FRESH, best=None, optimizer=optimizer)
             begun = {} if init is None else {INIT: init}
             write_whole(path / "versions.json", as_json({**versions(), **begun}))
             # Last, since it is what makes a folder a run's.
-            folder.rewrite_config(experiment)
+            folder.rewrite_config(origin)
         except BaseException as error:
             if not isinstance(error, InputError):
                 # The folder was empty and is locked: all that is in it is ours, and of no use.
@@ -190,25 +193,27 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def rewrite_config(self, experiment: Experiment[TaskFamily]) -> None:
+    def rewrite_config(self, origin: Origin) -> None:
         """Replace the resolved experiment, as when a run is extended.
 
         Raises:
             OSError: if it cannot be written.
         """
-        self._origin = origin_of(experiment)
-        write_whole(self.config, self._origin.config)
+        self._origin = origin
+        write_whole(self.config, origin.config)
 
-    def go_on_from(self, found: Checkpoint, experiment: Experiment[TaskFamily]) -> None:
+    def go_on_from(self, found: Checkpoint, origin: Origin, *, every: int = 1) -> None:
         """Make the folder as it was when a checkpoint was saved, to train on from there.
+
+        `every` is the number of iterations that a row of metrics sums up.
 
         Raises:
             InputError: if it cannot be written.
         """
         try:
             self.checkpoints.set_aside(found)
-            self.drop_rows_from(found.state.iteration)
-            self.rewrite_config(experiment)
+            self.drop_rows_from(found.state.iteration, every)
+            self.rewrite_config(origin)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -264,7 +269,7 @@ class RunFolder:
         finally:
             events.close()
 
-    def drop_rows_from(self, iteration: int) -> None:
+    def drop_rows_from(self, iteration: int, every: int = 1) -> None:
         """Remove metrics of iterations that a resumed run will do again, and half-written ones."""
         if not self.metrics.is_file():
             return
@@ -278,7 +283,7 @@ class RunFolder:
         header, rows = lines[:1], lines[1:]
         numbered = {int(r[0]): r for r in rows if is_whole(r, header[0])}
         kept = [r for number, r in sorted(numbered.items()) if number < iteration]
-        missing = sorted(set(range(iteration)) - numbered.keys())
+        missing = sorted(set(range(every - 1, iteration, every)) - numbered.keys())
         if missing:
             warnings.warn(
                 f"{self.metrics} lacks iterations {shorten(missing)}",
@@ -289,19 +294,27 @@ class RunFolder:
         csv.writer(out).writerows(header + kept)
         write_whole(self.metrics, out.getvalue())
 
-    def save(self, theta: Params, state: State, *, best: tuple[Params, State] | None) -> None:
+    def save(
+        self,
+        theta: Params,
+        state: State,
+        *,
+        best: tuple[Params, State] | None,
+        optimizer: Params | None = None,
+    ) -> None:
         """Save a checkpoint as `latest`, keeping the one before.
 
         Args:
             theta: parameters after `state.iteration` iterations.
             state: all else.
             best: what sampled the best batch so far, to save as `best`, if it is new.
+            optimizer: what the outer optimiser remembers.
 
         Raises:
             OSError: if it cannot be written; the old ones are kept.
         """
         assert self._origin is not None, "a folder only opened for reading"
-        self.checkpoints.save(theta, state, self._origin, best=best)
+        self.checkpoints.save(theta, state, self._origin, best=best, optimizer=optimizer)
         self._saved = state.iteration
 
     def load(self, which: str = "latest") -> Checkpoint:

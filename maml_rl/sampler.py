@@ -7,8 +7,8 @@ split over threads, chunks or machines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,22 +19,12 @@ from torch import Tensor
 
 from envs.family import Floats, TaskFamily, Transition, Worlds
 from maml_rl.adapt import Params
+from maml_rl.chunks import torch_threads
 from maml_rl.episodes import Episodes
 from maml_rl.policy import GaussianPolicy, log_std
+from maml_rl.seeds import EPISODES, TASKS, seed_sequence
 
 Seeds = npt.NDArray[np.uint64]
-
-TRAINING, TEST, VALIDATION = 1, 2, 3
-"""Streams of seeds. Training draws from neither of the others, and nothing is chosen on TEST."""
-TASKS, EPISODES = 1, 2
-"""What a seed is for."""
-TEST_SEED = 1703_03400
-"""Every run, method and seed is tested on the same tasks."""
-
-
-def seed_sequence(stream: int, seed: int, *path: int) -> np.random.SeedSequence:
-    """Return the root of one purpose's randomness, e.g. (TRAINING, run seed, TASKS, iteration)."""
-    return np.random.SeedSequence(seed, spawn_key=(stream, *path))
 
 
 def task_seeds(stream: int, seed: int, iteration: int, phase: int, tasks: int) -> Seeds:
@@ -120,17 +110,6 @@ class SamplingError(RuntimeError):
 
 class ActionError(SamplingError):
     """The policy's action is not finite."""
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run a block with so many torch threads in this thread of Python."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Sampler(AbstractContextManager["Sampler"]):

@@ -12,19 +12,26 @@ import io
 import re
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
-from envs import TaskFamily
 from maml_rl.errors import refusal
 from maml_rl.plain_yaml import LONGEST_VALUE, leaves
 
 C = TypeVar("C")
 
-FAMILY_NAME = "family.name"
 HELP = frozenset(("--help", "-h"))
 
 _PARSING = threading.Lock()
@@ -41,18 +48,18 @@ class Setting(NamedTuple):
 
 
 def settings_of(
-    cls: type, family: type[TaskFamily] | None = None, prefix: str = ""
+    cls: type, chosen: type | None = None, prefix: str = ""
 ) -> Iterator[tuple[str, Setting]]:
     """Yield the dotted path of every setting of a class, and its type.
 
-    `family` is that of an experiment's field whose type is known only now.
+    `chosen` is that of an experiment's field whose type is known only now.
     """
     kinds = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind = kinds[item.name]
-        kind = family if isinstance(kind, TypeVar) and family is not None else kind
+        kind = chosen if isinstance(kind, TypeVar) and chosen is not None else kind
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from settings_of(kind, family, f"{prefix}{item.name}.")
+            yield from settings_of(kind, chosen, f"{prefix}{item.name}.")
         else:
             missing = dataclasses.MISSING
             required = item.default is missing and item.default_factory is missing
@@ -229,23 +236,96 @@ def as_flags(flags: Mapping[str, object]) -> list[str]:
     return words
 
 
-def split_family_name(words_: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take --family.name out of command-line words; return it (None if absent) and the rest."""
+class Choice(NamedTuple):
+    """A section of an experiment whose settings depend on the `name` in it."""
+
+    section: str
+    """Such as "family"."""
+    names: Sequence[str]
+    """Those that ship."""
+    find: Callable[[str], type]
+    """Returns the class of a name.
+
+    Raises:
+        ValueError: if there is none, naming the nearest.
+    """
+
+
+def split_name(words: Sequence[str], section: str) -> tuple[str | None, list[str]]:
+    """Take --SECTION.name out of command-line words; return it (None if absent) and the rest."""
     name, rest, i = None, [], 0
-    while i < len(words_):
-        word = words_[i]
-        if word.startswith("--") and normal_flag(word) == FAMILY_NAME:
+    while i < len(words):
+        word = words[i]
+        if word.startswith("--") and normal_flag(word) == f"{section}.name":
             if "=" in word:
                 name = word.split("=", 1)[1]
-            elif i + 1 < len(words_):
+            elif i + 1 < len(words):
                 i += 1
-                name = words_[i]
+                name = words[i]
             else:
-                raise refusal("--family.name needs a value, such as --family.name ant_dir")
+                raise refusal(f"--{section}.name needs a value")
         else:
             rest.append(word)
         i += 1
     return name, rest
+
+
+def chosen_class(
+    choice: Choice, tree: Mapping[str, object], override: str | None, source: str
+) -> type:
+    """Return the class that a flag names, or else a file.
+
+    Raises:
+        InputError: if neither names one, or there is none of that name.
+    """
+    section, path = tree.get(choice.section, {}), f"{choice.section}.name"
+    if not isinstance(section, dict):
+        raise refusal(f"{source}: {choice.section} must hold settings of its own, such as `name:`")
+    name = override if override is not None else section.get("name")
+    if name is None:
+        raise refusal(f"{source}: {path} is missing; one of {', '.join(choice.names)}")
+    check_value(path, name, str, source)
+    try:
+        return choice.find(str(name))
+    except ValueError as error:
+        raise refusal(f"{path}: {error}") from error
+
+
+def words_of(
+    experiment: type,
+    choice: Choice,
+    tree: Mapping[str, object],
+    source: str,
+    flags: Sequence[str],
+    *,
+    ignored: Sequence[str] = (),
+) -> tuple[type, list[str]]:
+    """Return the class that was chosen and all settings as command-line words, flags last.
+
+    Args:
+        experiment: a dataclass with one field of a type that is known only now.
+        choice: how that type is named.
+        tree: what the YAML file holds.
+        source: the file's name, for messages.
+        flags: what stands on the command line after it.
+        ignored: flags of the command that are no settings of the experiment.
+
+    Raises:
+        InputError: for an unknown name or key, a value of the wrong type or a missing one.
+    """
+    override, rest = split_name(flags, choice.section)
+    chosen, path = chosen_class(choice, tree, override, source), f"{choice.section}.name"
+    settings = dict(settings_of(experiment, chosen)) | {path: Setting(str, False)}
+    in_file = checked_settings(settings, tree, source, rest, ignored=ignored)
+    in_file.pop(path, None)
+    return chosen, [*as_flags(in_file), *rest]
+
+
+def for_tyro(kind: type[C], *marks: object) -> type[C]:
+    """Return an experiment's type, known only now, annotated for tyro."""
+    marked = (kind, tyro.conf.FlagConversionOff, *marks)
+    result: type[C] = Annotated.__class_getitem__(marked)  # type: ignore[attr-defined]
+    return result
 
 
 def parse_options(cls: type[C], words: Sequence[str], prog: str) -> C:

@@ -26,10 +26,12 @@ from envs.physics import CpuPhysics
 from maml_rl.adapt import broadcast
 from maml_rl.assess import evaluate_policy
 from maml_rl.checkpoints import FRESH
-from maml_rl.config import load_experiment
+from maml_rl.config import load_experiment, origin_of
+from maml_rl.loop import record
 from maml_rl.runs import RunFolder
-from maml_rl.sampler import TRAINING, task_generator, task_seeds
-from maml_rl.train import Trainer, record
+from maml_rl.sampler import task_generator, task_seeds
+from maml_rl.seeds import TRAINING
+from maml_rl.train import Trainer
 from maml_rl.trained import TrainedPolicy, new_policy
 
 REPEATS = 3
@@ -120,7 +122,7 @@ class Bench:
         trainer = self.trainer
         row = trainer.step()
         trainer.best = (trainer.theta, trainer.state)
-        run = RunFolder.create(folder, trainer.experiment, trainer.theta)
+        run = RunFolder.create(folder, origin_of(trainer.experiment), trainer.theta)
         with run:
             record(run, trainer, row)  # begins files and imports TensorBoard
             began = time.perf_counter()

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.family import FamilyError, TaskFamily
-from maml_rl.sampler import TEST, TEST_SEED, VALIDATION, task_generator
+from maml_rl.sampler import task_generator
+from maml_rl.seeds import TEST, TEST_SEED, VALIDATION
 
 CHOSEN = "chosen"
 """The source of tasks that somebody chose one by one; they are no sample of anything."""

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from envs import TaskFamily
 from maml_rl.comparison import Comparison, MethodScores, StepScores
+from maml_rl.loop import Watcher
 from maml_rl.runs import Row
-from maml_rl.train import Watcher
 
 
 class Terminal(Console):
@@ -31,11 +31,16 @@ class Terminal(Console):
         self.quiet = True
 
 
-class Lines:
-    """Prints one line an iteration, for logs."""
+Words = Callable[[Row], str]
+"""Puts a row of metrics into words."""
 
-    def __init__(self, console: Console) -> None:
+
+class Lines:
+    """Prints a line for every row of metrics, for logs."""
+
+    def __init__(self, console: Console, words: Words) -> None:
         self._console = console
+        self._words = words
 
     def __enter__(self) -> Watcher:
         return self.show
@@ -47,8 +52,7 @@ class Lines:
         """Print one iteration."""
         seconds = float(row["seconds_sampling"]) + float(row["seconds_updating"])
         self._console.print(
-            f"iteration {int(row['iteration']) + 1}/{total}  {numbers_that_matter(row)}  "
-            f"{seconds:.1f} s",
+            f"iteration {int(row['iteration']) + 1}/{total}  {self._words(row)}  {seconds:.1f} s",
             highlight=False,
             soft_wrap=True,
         )
@@ -57,7 +61,8 @@ class Lines:
 class Bar:
     """Shows a progress bar with the time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, words: Words) -> None:
+        self._words = words
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=20),
@@ -81,7 +86,7 @@ class Bar:
             self._task,
             total=total,
             completed=int(row["iteration"]) + 1,
-            numbers=numbers_that_matter(row),
+            numbers=self._words(row),
         )
 
 
@@ -112,11 +117,13 @@ def numbers_that_matter(row: Row) -> str:
     return ", ".join(parts)
 
 
-def watching(console: Console, quiet: bool) -> Bar | Lines | Silence:
+def watching(
+    console: Console, quiet: bool, words: Words = numbers_that_matter
+) -> Bar | Lines | Silence:
     """Return how to show progress here: a bar on a terminal, lines elsewhere, or nothing."""
     if quiet:
         return Silence()
-    return Bar(console) if console.is_terminal else Lines(console)
+    return Bar(console, words) if console.is_terminal else Lines(console, words)
 
 
 def step_words(steps: int) -> str:

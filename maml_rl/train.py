@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,31 +17,24 @@ from torch import nn
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, State
-from maml_rl.config import Experiment
+from maml_rl.chunks import Chunks, torch_threads
+from maml_rl.config import Experiment, origin_of
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
+from maml_rl.loop import Watcher, run_iterations
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
-    Chunks,
     InnerStepError,
     MetaReport,
     chunk_size,
     meta_iteration,
 )
-from maml_rl.memory import check_memory, is_out_of_memory, memory_to_sample
+from maml_rl.memory import check_memory, memory_to_sample, repeated_where_memory_fails
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.replay import dump_of
 from maml_rl.runs import Row, RunFolder
-from maml_rl.sampler import (
-    TRAINING,
-    ActionError,
-    Sampler,
-    SamplingError,
-    task_generator,
-    task_seeds,
-    torch_threads,
-)
-from maml_rl.signals import stop_requests
+from maml_rl.sampler import ActionError, Sampler, SamplingError, task_generator, task_seeds
+from maml_rl.seeds import TRAINING
 from maml_rl.trained import (
     TrainedPolicy,
     experiment_of,
@@ -52,14 +44,6 @@ from maml_rl.trained import (
     to_device,
 )
 from maml_rl.trust_region import Refusal
-
-
-class Watcher(Protocol):
-    """Is told of every iteration."""
-
-    def __call__(self, row: Row, total: int) -> None:
-        """Show one row of metrics out of `total` iterations."""
-
 
 ADVICE: Mapping[str, str] = {
     INNER_STEP_NOT_FINITE: "a smaller adaptation.step_size (now {alpha:g})",
@@ -125,14 +109,7 @@ class Trainer:
             SamplingError: if sampling cannot go on.
             RunStopped: if memory does not suffice even so.
         """
-        while True:
-            try:
-                return self._iterate()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside of the except block, where the failed iteration's arrays are free.
-            self._halve_chunks()
+        return repeated_where_memory_fails(self._iterate, self._halve_chunks)
 
     def _iterate(self) -> Row:
         experiment, before = self.experiment, self.state
@@ -239,46 +216,35 @@ class Trainer:
         row["seconds_updating"] = round(seconds - report.seconds_sampling, 4)
         return row
 
+    @property
+    def total(self) -> int:
+        """Iterations wanted."""
+        return self.experiment.iterations
+
+    @property
+    def max_refused(self) -> int:
+        """Updates refused in a row after which the run ends."""
+        return self.experiment.max_refused
+
+    @property
+    def optimizer(self) -> Params:
+        """A trust region remembers nothing."""
+        return {}
+
+    def advice(self, row: Row) -> str:
+        """Return what to try where updates are refused."""
+        experiment = self.experiment
+        return ADVICE[str(row["refused_because"])].format(
+            alpha=experiment.adaptation.step_size,
+            tasks=experiment.sampling.tasks,
+            episodes=experiment.sampling.episodes,
+            **asdict(experiment.trust_region),
+        )
+
     def close(self) -> None:
         """Release worlds and threads."""
         self.sampler.close()
         self.chunks.close()
-
-
-def record(folder: RunFolder, trainer: Trainer, row: Row) -> None:
-    """Write an iteration's metrics and checkpoint.
-
-    Raises:
-        RunStopped: if the checkpoint cannot be written; the one before is kept.
-    """
-    folder.write_row(row)
-    try:
-        folder.save(trainer.theta, trainer.state, best=trainer.best)
-    except OSError as error:
-        raise RunStopped(
-            f"the checkpoint of iteration {trainer.state.iteration} cannot be written to "
-            f"{folder.path}: {error.strerror}; the one before is kept",
-            3,
-        ) from error
-
-
-def check_refusals(trainer: Trainer, row: Row) -> None:
-    """Raise RunStopped, with what to try, where too many updates in a row were refused."""
-    experiment, count = trainer.experiment, trainer.state.refused_in_a_row
-    if count < experiment.max_refused:
-        return
-    advice = ADVICE[str(row["refused_because"])].format(
-        alpha=experiment.adaptation.step_size,
-        tasks=experiment.sampling.tasks,
-        episodes=experiment.sampling.episodes,
-        **asdict(experiment.trust_region),
-    )
-    raise RunStopped(
-        f"{count} updates in a row were refused, the last because: {row['refused_because']}. "
-        f"The run ends after {trainer.state.iteration} of {experiment.iterations} iterations; "
-        f"try {advice}: in a new run, or in this one's config.yaml before it is resumed",
-        3,
-    )
 
 
 def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None) -> RunStopped:
@@ -295,35 +261,17 @@ def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None
     return RunStopped(text, 3)
 
 
-def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | None) -> None:
+def run(trainer: Trainer, folder: RunFolder | None, watch: Watcher | None) -> None:
     """Iterate until the experiment's last iteration, recording and saving after each.
 
     Raises:
         RunStopped: on Ctrl-C or SIGTERM after the running iteration, and when the run cannot go
             on. What was done is saved.
     """
-    total = trainer.experiment.iterations
-    with stop_requests() as requests:
-        try:
-            while trainer.state.iteration < total and not requests.number:
-                row = trainer.step()
-                with requests.shield():
-                    if folder is not None:
-                        record(folder, trainer, row)
-                    if watch is not None:
-                        watch(row, total)
-                check_refusals(trainer, row)
-        except SamplingError as error:
-            raise broken_down(error, trainer, folder) from error
-        except KeyboardInterrupt:
-            # The second Ctrl-C: the running iteration is dropped.
-            if not requests.number:
-                raise
-        if requests.number:
-            raise RunStopped(
-                f"stopped after {trainer.state.iteration} of {total} iterations",
-                128 + requests.number,
-            )
+    try:
+        run_iterations(trainer, folder, watch)
+    except SamplingError as error:
+        raise broken_down(error, trainer, folder) from error
 
 
 def meta_train(
@@ -357,7 +305,9 @@ def meta_train(
         theta = parameters_for(RunFolder.open(Path(init)).load(), fresh)
     begun_from = None if init is None else Path(init).resolve().name
     folder = (
-        None if out is None else RunFolder.create(Path(out), experiment, theta, init=begun_from)
+        None
+        if out is None
+        else RunFolder.create(Path(out), origin_of(experiment), theta, init=begun_from)
     )
     return _finish(replace(fresh, params=theta), FRESH, folder, watch)
 
@@ -400,7 +350,7 @@ def resume(
             )
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))
-        folder.go_on_from(found, policy.experiment)
+        folder.go_on_from(found, origin_of(policy.experiment))
     except BaseException:
         folder.close()
         raise
@@ -415,5 +365,5 @@ def _finish(
             stack.enter_context(folder)
         trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state)
         stack.callback(trainer.close)
-        run_iterations(trainer, folder, watch)
+        run(trainer, folder, watch)
         return replace(policy, params=trainer.theta)

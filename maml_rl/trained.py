@@ -15,22 +15,24 @@ from torch import nn
 
 from envs.family import TaskFamily
 from maml_rl.adapt import Params
-from maml_rl.checkpoints import CONFIG, Checkpoint, made_for
+from maml_rl.checkpoints import CONFIG, Checkpoint
+from maml_rl.chunks import Chunks
 from maml_rl.config import (
     Experiment,
     as_tree,
     experiment_from,
     load_experiment,
+    made_for,
     observation_size,
 )
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
-from maml_rl.maml import Chunks
 from maml_rl.memory import check_policy_memory
 from maml_rl.plain_yaml import leaves, parse_yaml
 from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
 from maml_rl.runs import RunFolder
-from maml_rl.sampler import TRAINING, Sampler
+from maml_rl.sampler import Sampler
+from maml_rl.seeds import TRAINING
 from maml_rl.versions import differences
 
 
@@ -258,15 +260,19 @@ def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
 
 def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
     """Return in a line what a policy is for and the shapes of its parameters."""
-    usual = torch.float32
-    shapes = ", ".join(
-        f"{name} {tuple(p.shape)}{'' if p.dtype == usual else f' {p.dtype}'}"
-        for name, p in theta.items()
-    )
     protocol = f" ({made_for['protocol']} protocol)" if made_for["protocol"] else ""
     return (
         f"{made_for['family']}{protocol}, {made_for['observations']} observations, "
-        f"{made_for['actions']} actions; {shapes}"
+        f"{made_for['actions']} actions; {shapes_of(theta)}"
+    )
+
+
+def shapes_of(theta: Params) -> str:
+    """Return in a line the names and shapes of parameters, and types that are not the usual one."""
+    usual = torch.float32
+    return ", ".join(
+        f"{name} {tuple(p.shape)}{'' if p.dtype == usual else f' {p.dtype}'}"
+        for name, p in theta.items()
     )
 
 
@@ -278,7 +284,7 @@ def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
         made_with = experiment_from(parse_yaml(found.origin.config, source), source)
     except InputError as error:
         return str(error)
-    return differing(made_with, experiment, NO_MATTER)
+    return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
 
 
 NO_MATTER = re.compile("iterations|threads|device")
@@ -286,10 +292,10 @@ NO_MATTER = re.compile("iterations|threads|device")
 
 
 def differing(
-    before: Experiment[TaskFamily], now: Experiment[TaskFamily], ignored: re.Pattern[str]
+    before: Mapping[str, object], now: Mapping[str, object], ignored: re.Pattern[str]
 ) -> str:
     """Return in a line the settings in which two experiments differ, "" if there are none."""
-    old, new = dict(leaves(as_tree(before))), dict(leaves(as_tree(now)))
+    old, new = dict(leaves(before)), dict(leaves(now))
     changed = [
         f"{path} {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
         for path in sorted(old.keys() | new.keys())

@@ -22,7 +22,7 @@ from maml_rl.opengl import choose_platform, what_is_missing
 # Before anything imports mujoco, so that bodies can be drawn in this process.
 choose_platform()
 
-from maml_rl.sampler import torch_threads  # noqa: E402
+from maml_rl.chunks import torch_threads  # noqa: E402
 
 if TYPE_CHECKING:
     from gymnasium.envs.mujoco import MujocoEnv

@@ -30,7 +30,8 @@ from maml_rl.assess import (
 from maml_rl.cli import run
 from maml_rl.config import load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
-from maml_rl.sampler import TEST, TEST_SEED, VALIDATION, Sampler, task_seeds
+from maml_rl.sampler import Sampler, task_seeds
+from maml_rl.seeds import TEST, TEST_SEED, VALIDATION
 from maml_rl.task_sets import TaskSet, held_out
 from maml_rl.train import meta_train
 from tests.tiny import SETTINGS

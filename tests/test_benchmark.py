@@ -32,7 +32,8 @@ from maml_rl.comparison import Outcome
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.runs import Row
-from maml_rl.sampler import TEST_SEED, VALIDATION, SamplingError, task_generator
+from maml_rl.sampler import SamplingError, task_generator
+from maml_rl.seeds import TEST_SEED, VALIDATION
 from maml_rl.signals import Terminated
 from maml_rl.task_sets import TaskSet, held_out, papers_own
 from maml_rl.train import meta_train

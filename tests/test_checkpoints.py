@@ -33,12 +33,11 @@ from maml_rl.checkpoints import (
     State,
     as_json,
     digest,
-    origin_of,
     read_checkpoint,
     seal,
     write_checkpoint,
 )
-from maml_rl.config import load_experiment
+from maml_rl.config import load_experiment, origin_of
 from maml_rl.errors import CheckpointError, RunWarning
 from tests.tiny import SETTINGS
 

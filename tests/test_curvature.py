@@ -17,6 +17,7 @@ from torch.func import hessian, jacrev
 
 import maml_rl.policy
 from maml_rl.adapt import Params, adapt, broadcast, flatten, unflatten
+from maml_rl.chunks import Chunks
 from maml_rl.curvature import (
     GraphLinearisation,
     InnerStep,
@@ -27,7 +28,7 @@ from maml_rl.curvature import (
 )
 from maml_rl.episodes import Steps
 from maml_rl.losses import INNER_LOSSES
-from maml_rl.maml import Chunks, MetaObjective
+from maml_rl.maml import MetaObjective
 from maml_rl.policy import (
     LOG_STD,
     GaussianPolicy,

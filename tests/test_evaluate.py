@@ -14,6 +14,7 @@ from envs.half_cheetah import HalfCheetahDir, HalfCheetahVel
 from envs.navigation import Navigation2D
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.chunks import Chunks
 from maml_rl.episodes import pack
 from maml_rl.evaluate import (
     Evaluation,
@@ -22,16 +23,10 @@ from maml_rl.evaluate import (
     evaluate,
     step_sizes,
 )
-from maml_rl.maml import AdaptationSettings, Chunks
+from maml_rl.maml import AdaptationSettings
 from maml_rl.policy import GaussianPolicy, PolicySettings, make_policy
-from maml_rl.sampler import (
-    TEST,
-    TEST_SEED,
-    TRAINING,
-    Sampler,
-    task_generator,
-    task_seeds,
-)
+from maml_rl.sampler import Sampler, task_generator, task_seeds
+from maml_rl.seeds import TEST, TEST_SEED, TRAINING
 from maml_rl.task_sets import TaskSet, held_out
 
 FAMILY = Navigation2D(horizon=6, goal_radius=0.05)

@@ -28,10 +28,10 @@ from envs import Navigation2D
 from envs.family import Transition, Worlds
 from envs.navigation import NavigationWorlds
 from maml_rl.checkpoints import KINDS, MANIFEST, PARAMETERS, as_json, digest, seal
+from maml_rl.chunks import Chunks
 from maml_rl.cli import run
-from maml_rl.config import load_experiment
+from maml_rl.config import load_experiment, origin_of
 from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.maml import Chunks
 from maml_rl.runs import Row, RunFolder, read_metrics, write_whole
 from maml_rl.sampler import Sampler
 from maml_rl.train import meta_train, resume
@@ -245,7 +245,7 @@ def test_a_small_disk_is_found_at_the_start_or_stops_the_run(
         subprocess.run(["mount", "-o", "remount,size=640k", disk], check=True)
         # A disk that another program fills while the run goes on.
         fresh = new_policy(NAVIGATION)
-        with RunFolder.create(disk / "run", NAVIGATION, fresh.params):
+        with RunFolder.create(disk / "run", origin_of(NAVIGATION), fresh.params):
             pass
         with pytest.raises(OSError, match="No space"):
             (disk / "filler").write_bytes(b"0" * 2**20)

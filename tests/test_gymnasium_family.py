@@ -22,7 +22,8 @@ from envs.gymnasium_family import AnyEnv
 from envs.references import allow_imports, refer_to, resolve
 from maml_rl.episodes import Episodes
 from maml_rl.policy import GaussianPolicy, PolicySettings, make_policy
-from maml_rl.sampler import TRAINING, Sampler, task_seeds
+from maml_rl.sampler import Sampler, task_seeds
+from maml_rl.seeds import TRAINING
 
 Array = npt.NDArray[np.float32]
 

@@ -18,21 +18,14 @@ from torch.func import jacrev
 from envs.navigation import Navigation2D
 from maml_rl.adapt import Params, broadcast, flatten, unflatten
 from maml_rl.advantages import AdvantageSettings, estimate_advantages
+from maml_rl.chunks import Chunks, join_tasks, of_tasks
 from maml_rl.curvature import InnerStep
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
-from maml_rl.maml import (
-    AdaptationSettings,
-    Chunks,
-    Collect,
-    MetaObjective,
-    MetaReport,
-    join_tasks,
-    meta_iteration,
-    of_tasks,
-)
+from maml_rl.maml import AdaptationSettings, Collect, MetaObjective, MetaReport, meta_iteration
 from maml_rl.policy import LOG_STD, GaussianPolicy, PolicySettings, make_policy
-from maml_rl.sampler import TRAINING, Sampler, task_generator, task_seeds
+from maml_rl.sampler import Sampler, task_generator, task_seeds
+from maml_rl.seeds import TRAINING
 from maml_rl.trust_region import TrustRegionSettings
 
 M, E, H, O, A = 3, 4, 5, 2, 1  # noqa: E741  # the page's letter

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from maml_rl.adapt import Params, broadcast, flatten
+from maml_rl.chunks import Chunks
 from maml_rl.curvature import InnerStep
 from maml_rl.episodes import Steps
 from maml_rl.losses import INNER_LOSSES
-from maml_rl.maml import Chunks, MetaObjective
+from maml_rl.maml import MetaObjective
 from maml_rl.policy import LOG_STD, PolicySettings, log_density, log_std, make_policy
 from maml_rl.trust_region import (
     TrustRegionSettings,

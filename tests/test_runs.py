@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maml_rl.checkpoints import State, as_json
-from maml_rl.config import load_experiment
+from maml_rl.config import load_experiment, origin_of
 from maml_rl.errors import InputError
 from maml_rl.runs import RunFolder, append_rows, read_metrics, write_whole
 from maml_rl.versions import versions
@@ -22,7 +22,9 @@ THETA = {"b": torch.arange(3.0), "a": torch.tensor([[0.5, math.pi]])}
 
 
 def folder(path: Path) -> RunFolder:
-    return RunFolder.create(path / "run", load_experiment("quickstart", **SETTINGS), THETA)
+    return RunFolder.create(
+        path / "run", origin_of(load_experiment("quickstart", **SETTINGS)), THETA
+    )
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:

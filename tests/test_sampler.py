@@ -17,19 +17,18 @@ from envs.family import Column, Floats, TaskFamily, Transition, Worlds, as_mask
 from envs.half_cheetah import HalfCheetahVel
 from envs.navigation import Navigation2D
 from maml_rl.adapt import Params, broadcast
+from maml_rl.chunks import torch_threads
 from maml_rl.episodes import Episodes
 from maml_rl.policy import LOG_STD, GaussianPolicy, PolicySettings, make_policy
 from maml_rl.sampler import (
-    TEST,
-    TRAINING,
     Sampler,
     SamplingError,
     SamplingSettings,
     Seeds,
     task_generator,
     task_seeds,
-    torch_threads,
 )
+from maml_rl.seeds import TEST, TRAINING
 
 Count = Literal["episodes", "steps"]
 

@@ -8,7 +8,8 @@ import pytest
 
 import envs
 from envs.family import FamilyError
-from maml_rl.sampler import TEST_SEED, TRAINING, task_generator, task_seeds
+from maml_rl.sampler import task_generator, task_seeds
+from maml_rl.seeds import TEST_SEED, TRAINING
 from maml_rl.task_sets import between, chosen, held_out, papers_own, validation
 
 

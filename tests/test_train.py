@@ -96,11 +96,16 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     good = RunFolder.save
 
     def full(
-        self: RunFolder, theta: Params, state: State, *, best: tuple[Params, State] | None
+        self: RunFolder,
+        theta: Params,
+        state: State,
+        *,
+        best: tuple[Params, State] | None,
+        optimizer: Params | None = None,
     ) -> None:
         if state.iteration == 2:
             raise OSError(28, "No space left on device")
-        good(self, theta, state, best=best)
+        good(self, theta, state, best=best, optimizer=optimizer)
 
     monkeypatch.setattr(RunFolder, "save", full)
     with pytest.raises(RunStopped, match="No space left") as stopped:
