@@ -15,6 +15,7 @@ from maml_rl.config import (
     experiment_type,
     experiment_words,
     find_experiment,
+    is_supervised,
 )
 from maml_rl.errors import InputError, refusal
 from maml_rl.plain_yaml import leaves, read_yaml
@@ -110,6 +111,7 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
     tree = dict(read_yaml(file))
     if "family" in tree and "experiment" not in tree:
         raise refusal(f"{file} is an experiment: maml-rl train {file}")
+    check_not_supervised(tree, str(file))
     overrides = tree.pop("settings", {})
     if not isinstance(overrides, dict):
         raise refusal(f"{file}: settings must hold settings of the experiment, such as `threads:`")
@@ -138,6 +140,16 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
     return Words([*as_flags(in_file), *ours], overrides, theirs)
 
 
+def check_not_supervised(tree: Mapping[str, object], source: str) -> None:
+    """Raise InputError, with what to type instead, for an experiment of supervised learning."""
+    if is_supervised(tree) and "experiment" not in tree:
+        raise refusal(
+            f"{source} is an experiment of supervised learning, and a benchmark is of "
+            f"reinforcement learning: train runs of it (maml-rl train {source}) and test them "
+            "side by side (maml-rl evaluate RUN RUN ...)"
+        )
+
+
 def base_experiment(benchmark: Benchmark, words: Words, file: Path) -> Experiment[TaskFamily]:
     """Return the experiment that a benchmark's runs are variants of.
 
@@ -145,6 +157,7 @@ def base_experiment(benchmark: Benchmark, words: Words, file: Path) -> Experimen
         InputError: if a setting of it is wrong, or it has no inner step.
     """
     found = find_experiment(benchmark.experiment)
+    check_not_supervised(read_yaml(found), str(found))
     source = f"{found} with the settings of {file}"
     tree = merged(read_yaml(found), words.in_file)
     family, arguments = experiment_words(tree, source, words.on_line)

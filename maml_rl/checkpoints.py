@@ -236,7 +236,9 @@ def _read(folder: int, path: Path) -> Checkpoint:
         {name: tensors[name] for name in order},
         State.from_json(contents[STATE]),
         Origin(contents[CONFIG].decode(), made_for, versions),
-        safetensors.torch.load(contents[OPTIMIZER]) if OPTIMIZER in contents else {},
+        dict(sorted(safetensors.torch.load(contents[OPTIMIZER]).items()))
+        if OPTIMIZER in contents
+        else {},
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -25,22 +25,34 @@ from envs import TaskFamily
 from maml_rl import speed
 from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
 from maml_rl.cli_render import render_command, render_trained, report_command
-from maml_rl.cli_shared import Importing, RunOptions, Switch, command_line, going_on, split_target
+from maml_rl.cli_shared import (
+    DataOptions,
+    Importing,
+    RunOptions,
+    Switch,
+    command_line,
+    going_on,
+    refuse_options,
+    split_target,
+    supervised_run,
+)
 from maml_rl.config import (
     Experiment,
     experiment_type,
     experiment_words,
     find_experiment,
+    is_supervised,
 )
 from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
-from maml_rl.listing import show_experiments, show_families
+from maml_rl.listing import show_experiments, show_families, show_problems
 from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
 from maml_rl.settings import normal_flag, parse_options, parse_with_tyro
 from maml_rl.signals import exit_code
+from maml_rl.supervised.commands import data_command, resume_supervised, train_supervised
 from maml_rl.terminal import (
     Terminal,
     step_words,
@@ -61,7 +73,8 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
   maml-rl report RUN...        one HTML page of a run, a benchmark, or several runs
   maml-rl inspect RUN          what a run or a checkpoint holds, and whether it is whole
   maml-rl replay DUMP          see again a simulation that broke down in training
-  maml-rl list                 task families, their settings, and the experiments that ship
+  maml-rl data NAME DIR        make a data set of small pictures to learn from
+  maml-rl list                 task families, supervised problems, and the experiments that ship
   maml-rl speed                how fast this machine samples and updates
 
 `maml-rl COMMAND --help` shows a command's options. Start with: maml-rl train quickstart
@@ -88,6 +101,7 @@ class ResumeOptions(RunOptions):
     """The run folder."""
     iterations: int | None = None
     """A new total of iterations."""
+    data: DataOptions = field(default_factory=DataOptions)
     render: Switch = False
     """Render videos when training is done, and put the film strips into TensorBoard."""
 
@@ -112,7 +126,7 @@ class ReplayOptions:
 
 @dataclass(frozen=True)
 class ListOptions:
-    """Show task families, their settings, and the experiments that ship."""
+    """Show task families, supervised problems, their settings, and what ships."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +151,9 @@ def train_command(words: Sequence[str], console: Console) -> None:
         tree = read_yaml(file)
         if isinstance(tree.get("experiment"), str) and "family" not in tree:
             raise refusal(f"{file} is a benchmark: maml-rl benchmark {file}")
+        if is_supervised(tree):
+            train_supervised(target, file, tree, flags, console)
+            return
         family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 
         # The family decides the flags, so the command's arguments are put together here; what
@@ -187,6 +204,19 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
     options = parse_options(ResumeOptions, words, "maml-rl resume")
+    if supervised_run(options.run):
+        refuse_options(
+            {"--render": options.render, "--allow-import": options.allow_import}, "supervised"
+        )
+        resume_supervised(
+            options.run,
+            iterations=options.iterations,
+            root=options.data.root,
+            quiet=options.quiet,
+            console=console,
+        )
+        return
+    refuse_options({"--data.root": options.data.root is not None}, "reinforcement")
     line = command_line("resume", options.run, options)
     with Importing(options.allow_import), going_on(line, options.run):
         with watching(console, options.quiet) as watch:
@@ -237,6 +267,7 @@ def list_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl list`."""
     parse_options(ListOptions, words, "maml-rl list")
     show_families(console)
+    show_problems(console)
     show_experiments(console)
 
 
@@ -267,6 +298,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Console], None]] = {
     "report": report_command,
     "inspect": inspect_command,
     "replay": replay_command,
+    "data": data_command,
     "list": list_command,
     "speed": speed_command,
 }

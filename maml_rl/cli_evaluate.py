@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,13 +34,25 @@ from maml_rl.benchmark import (
 )
 from maml_rl.benchmark_file import Benchmark, base_experiment, benchmark_words
 from maml_rl.cli_render import render_after
-from maml_rl.cli_shared import Importing, RunOptions, Switch, going_on, split_target
+from maml_rl.cli_shared import (
+    DataOptions,
+    Importing,
+    RunOptions,
+    Switch,
+    going_on,
+    refuse_options,
+    split_target,
+    supervised_run,
+    supervised_runs,
+)
 from maml_rl.comparison import METHODS, Comparison, Outcome
-from maml_rl.config import find_file, shipped_benchmarks
-from maml_rl.errors import InputError
+from maml_rl.config import find_file, shipped_benchmarks, shipped_supervised
+from maml_rl.errors import InputError, refusal
 from maml_rl.memory import check_memory
+from maml_rl.report.tested import is_run
 from maml_rl.results import NEWEST, results_folder, write_own_test, write_results
 from maml_rl.settings import parse_options, parse_with_tyro
+from maml_rl.supervised.commands import evaluate_supervised
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
 from maml_rl.terminal import evaluation_notes, evaluation_tables, watching
 from maml_rl.trained import check_device
@@ -69,6 +82,9 @@ class EvaluateOptions(RunOptions):
     """A task of your own, the numbers of one joined by commas (0.3,-0.2); may be repeated."""
     tasks_from: tuple[float, float] | None = None
     """Tasks drawn between two numbers, such as speeds that were never trained."""
+    shots: tuple[int, ...] = ()
+    """Of a supervised run: examples to adapt to (of each class), a test each."""
+    data: DataOptions = field(default_factory=DataOptions)
     render: Switch = False
     """Render videos of every run too, into RUN/video, as tested (by the first of several step
     sizes), of the tasks of your own where you gave any; see `maml-rl render`."""
@@ -155,6 +171,16 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
     options = parse_options(EvaluateOptions, words, "maml-rl evaluate")
     if not options.run:
         raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
+    usual = replace(
+        options, out=None, quiet=False, allow_import=False, render=False, data=DataOptions()
+    ) == EvaluateOptions(run=options.run)
+    if supervised_runs(options.run):
+        evaluate_supervised_runs(options, usual, console)
+        return
+    refuse_options(
+        {"--shots": bool(options.shots), "--data.root": options.data.root is not None},
+        "reinforcement",
+    )
     with Importing(options.allow_import):
         subjects = load_subjects(options.run, options.checkpoint)
         first = subjects[0].trained.experiment
@@ -168,9 +194,7 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         subjects = under_settings(subjects, settings, oracle_steps=options.steps or 0)
         tasks = wanted_tasks(options, first.family, settings.tasks)
         outcomes = outcomes_of(subjects, tasks, dict.fromkeys(METHODS, options.step_size))
-        plain = EvaluateOptions(run=options.run)
-        asked = replace(options, out=None, quiet=False, allow_import=False, render=False)
-        folder = results_folder(options.run, options.out, usual=asked == plain)
+        folder = results_folder(options.run, options.out, usual=usual)
         notes = {"checkpoint": options.checkpoint}
         report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)
         if options.render:
@@ -181,6 +205,33 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
                 tasks=tasks if options.task else None,
                 checkpoint=options.checkpoint,
             )
+
+
+def evaluate_supervised_runs(options: EvaluateOptions, usual: bool, console: Console) -> None:
+    """Test supervised runs, having refused what means nothing for them."""
+    refuse_options(
+        {
+            "--episodes": options.episodes is not None,
+            "--tasks": options.tasks != "test",
+            "--task": bool(options.task),
+            "--tasks-from": options.tasks_from is not None,
+            "--render": options.render,
+            "--allow-import": options.allow_import,
+        },
+        "supervised",
+    )
+    evaluate_supervised(
+        options.run,
+        checkpoint=options.checkpoint,
+        root=options.data.root,
+        out=options.out,
+        steps=options.steps,
+        shots=options.shots,
+        step_sizes=options.step_size,
+        usual=usual,
+        quiet=options.quiet,
+        console=console,
+    )
 
 
 def with_first_step_size(subjects: Sequence[Subject], sizes: Sequence[float]) -> list[Subject]:
@@ -221,7 +272,14 @@ def wanted_tasks(options: EvaluateOptions, family: TaskFamily, count: int) -> Ta
 def benchmark_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl benchmark`."""
     target, flags = split_target(words, "FILE", "maml-rl benchmark benchmark_navigation")
-    file = find_file(target, shipped_benchmarks(), "benchmark")
+    if os.path.isdir(target) and is_run(Path(target)) and supervised_run(Path(target)):
+        raise refusal(
+            f"{target} is a run of supervised learning, and a benchmark is of reinforcement "
+            f"learning: test runs side by side (maml-rl evaluate {target} RUN ...)"
+        )
+    # Supervised experiments are found too, to say what to type instead.
+    known = shipped_supervised() if target in shipped_supervised() else shipped_benchmarks()
+    file = find_file(target, known, "benchmark")
     of_command = [f.name for f in dataclasses.fields(BenchmarkOptions)]
     sorted_words = benchmark_words(file, flags, ignored=of_command)
     parsed = parse_with_tyro(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,14 +13,25 @@ from rich.console import Console
 
 from envs.family import FamilyError
 from maml_rl.assess import Subject, load_subject, under_settings
-from maml_rl.cli_shared import Importing, RunOptions, Switch
-from maml_rl.errors import InputError, RunStopped
+from maml_rl.cli_shared import (
+    DataOptions,
+    Importing,
+    RunOptions,
+    Switch,
+    refuse_options,
+    supervised_run,
+    supervised_runs,
+)
+from maml_rl.errors import InputError, RunStopped, refusal
 from maml_rl.render import render
 from maml_rl.rendering import VIDEO, Rendering, RenderSettings, read_rendering
 from maml_rl.report.page import make_report
+from maml_rl.report.tested import is_benchmark, is_run
 from maml_rl.runs import RunFolder
 from maml_rl.settings import parse_options
 from maml_rl.stage import step_label
+from maml_rl.supervised.page import make_report as supervised_report
+from maml_rl.supervised.stored import holds_supervised
 from maml_rl.task_sets import TaskSet, chosen
 
 
@@ -62,6 +73,11 @@ def render_command(words: Sequence[str], console: Console) -> None:
     names = [field.name for field in dataclasses.fields(RenderSettings)]
     settings = RenderSettings(**{name: getattr(options, name) for name in names})
     (run,) = options.run
+    if supervised_run(run):
+        raise refusal(
+            f"{run} is a run of supervised learning, which has no episodes to film: "
+            f"`maml-rl evaluate {run}` draws figures of it, `maml-rl report {run}` makes a page"
+        )
     with Importing(options.allow_import):
         subject = with_steps(load_subject(run, options.checkpoint), options.steps)
         tasks = chosen(subject.family, options.task) if options.task else None
@@ -156,7 +172,10 @@ def render_after(
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(RunOptions):
-    """Write one HTML page of a run, of several side by side, or of a benchmark."""
+    """Write one HTML page of a run, of several side by side, or of a benchmark.
+
+    A supervised run's has no videos: it shows curves with their fits, or images.
+    """
 
     run: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or the folder of a benchmark. A run without a test of its checkpoint is tested,
@@ -168,6 +187,7 @@ class ReportOptions(RunOptions):
     no_render: Switch = False
     """Leave out the videos that are not there yet, which else are rendered into RUN/video: of each
     run, and of a benchmark's first meta-policy."""
+    data: DataOptions = field(default_factory=DataOptions)
 
 
 def report_command(words: Sequence[str], console: Console) -> None:
@@ -177,6 +197,28 @@ def report_command(words: Sequence[str], console: Console) -> None:
     def say(text: str) -> None:
         if not options.quiet:
             console.print(text, highlight=False, soft_wrap=True)
+
+    for target in options.run:
+        if is_benchmark(target) and holds_supervised(target):
+            raise refusal(
+                f"{target} holds tests of supervised runs; for a page of them give the run "
+                "folders, as in `maml-rl report RUN RUN`"
+            )
+    if options.run and all(map(is_run, options.run)) and supervised_runs(options.run):
+        refuse_options(
+            {"--no-render": options.no_render, "--allow-import": options.allow_import},
+            "supervised",
+        )
+        file = supervised_report(
+            options.run,
+            options.out,
+            checkpoint=options.checkpoint,
+            root=options.data.root,
+            say=say,
+        )
+        say(f"Written: {file}")
+        return
+    refuse_options({"--data.root": options.data.root is not None}, "reinforcement")
 
     def film(subject: Subject) -> None:
         folder = subject.path / VIDEO

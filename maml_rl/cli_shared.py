@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 import tyro
 
 from envs.references import allow_imports
-from maml_rl.errors import InputError, RunStopped
+from maml_rl.config import is_supervised
+from maml_rl.errors import InputError, RunStopped, RunWarning, refusal
+from maml_rl.plain_yaml import parse_yaml, read_yaml
+from maml_rl.runs import RunFolder
 from maml_rl.signals import exit_code
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -50,9 +54,17 @@ def split_target(words: Sequence[str], what: str, example: str) -> tuple[str, li
     return words[0], list(words[1:])
 
 
-def command_line(command: str, target: Path, options: RunOptions) -> str:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where a supervised run's data are."""
+
+    root: str | None = None
+    """Where a supervised run's images are, if no longer where they were."""
+
+
+def command_line(command: str, target: Path, options: RunOptions | None = None) -> str:
     """Return what to type for a command on a file or folder."""
-    allow = ["--allow-import"] if options.allow_import else []
+    allow = ["--allow-import"] if options is not None and options.allow_import else []
     return shlex.join(["maml-rl", command, str(target), *allow])
 
 
@@ -77,3 +89,46 @@ def going_on(line: str, run: Path | None = None) -> Iterator[None]:
         if run is not None and not (run / "config.yaml").exists():
             raise
         raise RunStopped(f"interrupted. Go on with: {line}", exit_code(interrupt)) from interrupt
+
+
+def supervised_run(run: Path) -> bool:
+    """Whether a folder is a run of supervised learning; one that cannot be read is not.
+
+    Raises:
+        InputError: if it is no run folder.
+    """
+    folder = RunFolder.open(run)
+    try:
+        if folder.config.is_file():
+            return is_supervised(read_yaml(folder.config))
+        # Lost: a checkpoint has a copy.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)
+            found = folder.load()
+        return is_supervised(parse_yaml(found.origin.config, str(found.path)))
+    except InputError:
+        # Told where it is used.
+        return False
+
+
+def supervised_runs(runs: Sequence[Path]) -> bool:
+    """Whether runs are of supervised learning.
+
+    Raises:
+        InputError: if some are and some are not.
+    """
+    kinds = [supervised_run(run) for run in runs]
+    if any(kinds) and not all(kinds):
+        names = [str(runs[kinds.index(kind)]) for kind in (True, False)]
+        raise refusal(
+            f"{names[0]} is a run of supervised learning and {names[1]} one of reinforcement "
+            "learning: they cannot be compared"
+        )
+    return any(kinds)
+
+
+def refuse_options(given: Mapping[str, bool], kind: str) -> None:
+    """Raise InputError where a flag is given that means nothing for a kind of run."""
+    wrong = [flag for flag, is_given in given.items() if is_given]
+    if wrong:
+        raise refusal(f"{' and '.join(wrong)} means nothing for a run of {kind} learning")

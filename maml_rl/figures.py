@@ -10,6 +10,7 @@ What they share with the charts of a report, such as colours, is in looks.py.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,6 @@ LOOK: dict[Any, Any] = {
 """matplotlib's settings; it types their names one by one, hence Any."""
 DRAWN_EPISODES = 10
 """Of each goal in the picture of trajectories."""
-NAMES = ("returns", "learning_curves", "tasks", "trajectories")
 
 
 def draw(
@@ -110,19 +110,39 @@ def draw(
             "tasks": tasks_figure(outcomes, scores, family),
             "trajectories": None if ways is None else trajectories_figure(ways, family),
         }
-        drawn = {name: figure for name, figure in figures.items() if figure is not None}
-        try:
-            for name in NAMES:
-                for kind in ("png", "svg"):
-                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
-            for name, figure in drawn.items():
-                figure.savefig(folder / f"{name}.png")
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        except OSError as error:
-            raise RunStopped(
-                f"the figures cannot be written to {folder}: {error.strerror}", 3
-            ) from error
+        return write_figures(folder, figures)
+
+
+def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> list[str]:
+    """Write figures as PNG and SVG, and return their names.
+
+    Args:
+        folder: where to.
+        figures: by name; where there is none, its picture of a test before is removed.
+
+    Raises:
+        RunStopped: if they cannot be written.
+    """
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    try:
+        for name in figures:
+            for kind in ("png", "svg"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        for name, figure in drawn.items():
+            figure.savefig(folder / f"{name}.png")
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    except OSError as error:
+        raise RunStopped(
+            f"the figures cannot be written to {folder}: {error.strerror}", 3
+        ) from error
     return list(drawn)
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def returns_figure(

@@ -54,7 +54,13 @@ def inspect_run(path: Path, console: Console) -> None:
             if where.exists() or name == "latest":
                 complaints.append(str(error))
     table = Table(box=None, pad_edge=False)
-    for heading in ("checkpoint", "", "iteration", "control steps"):
+    newest = next((found[name] for name in KINDS if name in found), None)
+    for heading in (
+        "checkpoint",
+        "",
+        "iteration",
+        "control steps" if newest is None else unit(newest),
+    ):
         table.add_column(heading, justify="left" if heading in ("checkpoint", "") else "right")
     for name in KINDS:
         state = found[name].state if name in found else None
@@ -65,7 +71,6 @@ def inspect_run(path: Path, console: Console) -> None:
             f"{state.env_steps:,}" if state else "",
         )
     console.print(table)
-    newest = next((found[name] for name in KINDS if name in found), None)
     if newest is not None:
         print_checkpoint(newest, console)
     if complaints:
@@ -91,18 +96,30 @@ def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
     made_with = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
     size = sum(p.numel() for p in checkpoint.theta.values())
     shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in checkpoint.theta.items())
+    what = "return after adaptation" if is_policy(checkpoint) else "score on validation tasks"
     best = (
-        f"best return after adaptation {state.best_return:.1f}, in iteration {state.best_iteration}"
+        f"best {what} {state.best_return:.{1 if is_policy(checkpoint) else 4}f}, "
+        f"in iteration {state.best_iteration}"
         if state.best_iteration >= 0
-        else "no return after adaptation yet"
+        else f"no {what} yet"
     )
     say(console, f"{checkpoint.path} is whole: every file matches its sha256")
-    say(console, f"  {state.iteration} iterations, {state.env_steps:,} control steps; {best}")
+    say(console, f"  {state.iteration} iterations, {state.env_steps:,} {unit(checkpoint)}; {best}")
     if state.refused_in_a_row:
         say(console, f"  the last {state.refused_in_a_row} updates were refused")
     say(console, f"  made for: {made_for}")
     say(console, f"  made with: {made_with}")
     say(console, f"  {size:,} parameters: {shapes}")
+
+
+def is_policy(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is of a policy, and not of a network of supervised learning."""
+    return "family" in checkpoint.origin.made_for
+
+
+def unit(checkpoint: Checkpoint) -> str:
+    """Return what a run counts beside iterations."""
+    return "control steps" if is_policy(checkpoint) else "tasks drawn"
 
 
 def say(console: Console, text: str) -> None:

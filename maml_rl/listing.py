@@ -14,7 +14,8 @@ from rich.table import Table
 
 import envs
 from envs import TaskFamily
-from maml_rl.config import shipped_benchmarks, shipped_experiments
+from maml_rl.config import shipped_benchmarks, shipped_experiments, shipped_supervised
+from maml_rl.supervised.config import PROBLEMS
 
 
 def show_families(console: Console) -> None:
@@ -38,10 +39,28 @@ def show_families(console: Console) -> None:
         console.print(table)
 
 
+def show_problems(console: Console) -> None:
+    """Print every supervised problem with its settings."""
+    for name, cls in PROBLEMS.items():
+        console.print(f"\n{name}", style="bold", highlight=False)
+        first = (cls.__doc__ or "").splitlines()[0]
+        console.print(f"  {first}", highlight=False, soft_wrap=True, markup=False)
+        table = Table(box=None, pad_edge=False, show_header=True)
+        for heading in ("  field", "default", "meaning and unit"):
+            table.add_column(heading)
+        meanings = field_meanings(cls)
+        for item in dataclasses.fields(cls):
+            needed = item.default is dataclasses.MISSING
+            value = "" if needed else str(item.default) or '""'
+            table.add_row(f"  {item.name}", value, meanings.get(item.name, ""))
+        console.print(table)
+
+
 def show_experiments(console: Console) -> None:
     """Print every experiment and benchmark that ships, with its file's first line."""
     for title, files in (
         ("Experiments that ship (maml-rl train NAME)", shipped_experiments()),
+        ("Supervised experiments that ship (maml-rl train NAME)", shipped_supervised()),
         ("Benchmarks that ship (maml-rl benchmark NAME)", shipped_benchmarks()),
     ):
         console.print(f"\n{title}", style="bold")

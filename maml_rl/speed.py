@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,27 +26,16 @@ from maml_rl.adapt import broadcast
 from maml_rl.assess import evaluate_policy
 from maml_rl.checkpoints import FRESH
 from maml_rl.config import load_experiment, origin_of
+from maml_rl.figure import GIGABYTE, Figure
 from maml_rl.loop import record
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import task_generator, task_seeds
 from maml_rl.seeds import TRAINING
+from maml_rl.supervised.speed import measure as supervised
 from maml_rl.train import Trainer
 from maml_rl.trained import TrainedPolicy, new_policy
 
 REPEATS = 3
-GIGABYTE = 1e9
-
-
-class Figure(TypedDict):
-    """One line of the report."""
-
-    what: str
-    value: float
-    unit: str
-    goal: str
-    met: bool | None
-    """None where the machine or the scale is not the one that the goal is meant for."""
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,8 @@ def measure(
     full = scale == 1.0
     # Memory first: the peak of a process never falls.
     figures = paper_figures(tasks, threads, full, tell)
-    return gymnasium_figures(tasks, threads, full, tell) + figures
+    figures = gymnasium_figures(tasks, threads, full, tell) + figures
+    return figures + supervised(threads, full, tell)
 
 
 def gymnasium_figures(

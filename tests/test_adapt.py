@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import pytest
@@ -172,6 +172,105 @@ def test_adapting_leaves_its_arguments_alone() -> None:
 def test_a_step_size_that_is_not_positive_is_refused(step_size: float) -> None:
     with pytest.raises(ValueError, match=f"step_size must be positive, got {step_size}"):
         adapt(unit_gaussian_loss, {"w": torch.zeros(2)}, STEPS, step_size)
+
+
+# --- A step size by name.
+
+
+def mixed_sizes() -> Params:
+    """A number for every entry of the weight, some of them negative."""
+    return {"weight": torch.linspace(-0.2, 0.4, IN * OUT, dtype=torch.float64).reshape(IN, OUT)}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_one_size_for_all_is_the_same_size_by_name(first_order: bool) -> None:
+    """Bit for bit, derivative and all."""
+    theta, train, test = make_regression(seed=6)
+
+    def found(step_size: float | Mapping[str, float | Tensor]) -> tuple[Tensor, Tensor]:
+        leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
+        adapted = adapt(
+            regression_loss, broadcast(leaves, TASKS), train, step_size, first_order=first_order
+        )
+        value = torch.func.vmap(regression_loss)(adapted, test).mean()
+        slopes = torch.autograd.grad(value, list(leaves.values()))
+        return flatten(adapted, axes=1).detach(), flatten(dict(zip(leaves, slopes, strict=True)))
+
+    one, named = found(ALPHA), found(dict.fromkeys(reversed(theta), ALPHA))
+    assert torch.equal(one[0], named[0])
+    assert torch.equal(one[1], named[1])
+
+
+@pytest.mark.parametrize("scale_size", [0.7, torch.tensor(-0.7, dtype=torch.float64)])
+def test_each_parameter_has_its_own_size(scale_size: float | Tensor) -> None:
+    """A number or a tensor () for one, a tensor (IN, OUT) for the other, task by task."""
+    theta, train, _ = make_regression(seed=7)
+    sizes: dict[str, float | Tensor] = {**mixed_sizes(), "scale": scale_size}
+    adapted = adapt(regression_loss, broadcast(theta, TASKS), train, sizes)
+    assert list(adapted) == list(theta)
+    for i in range(TASKS):
+        gradient = plain_gradient(theta, Regression(train.inputs[i], train.targets[i]))
+        for name, p in theta.items():
+            expected = p - sizes[name] * gradient[name]
+            torch.testing.assert_close(adapted[name][i], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_has_no_size_stays_and_is_still_differentiated() -> None:
+    """With a loss w^2 s / 2 and w alone adapted: w' = w (1 - .1 s), s' = s.
+
+    Hence dw'/ds = -.1 w, although s itself takes no step.
+    """
+
+    def loss(params: Params, data: Tensor) -> Tensor:
+        return 0.5 * params["w"] ** 2 * params["s"] * data
+
+    def adapted(w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        after = adapt(loss, {"s": s, "w": w}, torch.ones(2), {"w": 0.1})
+        return after["w"], after["s"]
+
+    w, s = torch.tensor([3.0, -5.0]), torch.tensor([2.0, 4.0])
+    after_w, after_s = adapted(w, s)
+    torch.testing.assert_close(after_w, torch.tensor([3 * 0.8, -5 * 0.6]))
+    assert torch.equal(after_s, s)
+    (w_by_w, w_by_s), (s_by_w, s_by_s) = jacrev(adapted, argnums=(0, 1))(w, s)
+    torch.testing.assert_close(w_by_w, torch.diag(torch.tensor([0.8, 0.6])))
+    torch.testing.assert_close(w_by_s, torch.diag(torch.tensor([-0.3, 0.5])))
+    assert torch.equal(s_by_w, torch.zeros(2, 2))
+    assert torch.equal(s_by_s, torch.eye(2))
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_learned_size_is_differentiated_by_hand(first_order: bool) -> None:
+    """w' = w + a mean[A (act - w)], so dw'/da = .5 and 2.5 at w = 0, whatever its sign or order.
+
+    After a second step with the same a: w'' = w' + a (mean[A act] - 1.5 w'), and at a = -.2
+    dw''/da = dw'/da (1 - 1.5 a) + (mean[A act] - 1.5 w'); first order: dw'/da + the same.
+    """
+
+    def adapted(a: Tensor, steps: int) -> Tensor:
+        w = torch.zeros(2)
+        for _ in range(steps):
+            w = adapt(unit_gaussian_loss, {"w": w}, STEPS, {"w": a}, first_order=first_order)["w"]
+        return w
+
+    a, pull = torch.tensor(-0.2), torch.tensor([0.5, 2.5])
+    torch.testing.assert_close(adapted(a, 1), -0.2 * pull)
+    torch.testing.assert_close(jacrev(adapted)(a, 1), pull)
+    through = 1.0 if first_order else 1 + 1.5 * 0.2
+    torch.testing.assert_close(jacrev(adapted)(a, 2), pull * through + pull - 1.5 * (-0.2 * pull))
+
+
+def test_a_size_of_no_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is a step size for 'v', which is no parameter"):
+        adapt(unit_gaussian_loss, {"w": torch.zeros(2)}, STEPS, {"w": 0.1, "v": 0.1})
+
+
+@pytest.mark.parametrize("size", [0.0, -0.1, math.nan])
+def test_a_number_by_name_that_is_not_positive_is_refused(size: float) -> None:
+    """Where it is a tensor it may have been learned, and have any sign."""
+    theta, train, _ = make_regression(seed=1)
+    with pytest.raises(ValueError, match=f"step_size must be positive, got {size}"):
+        adapt(regression_loss, theta, train, {"weight": 0.1, "scale": size})
 
 
 THETA = {

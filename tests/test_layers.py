@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -19,11 +20,17 @@ ALGORITHM = frozenset(
     for name in (
         "adapt",
         "advantages",
+        "chunks",
         "curvature",
         "episodes",
         "losses",
         "maml",
         "policy",
+        "seeds",
+        "stateless",
+        "supervised.learner",
+        "supervised.networks",
+        "supervised.tasks",
         "trust_region",
     )
 )
@@ -44,7 +51,9 @@ WRITERS: Mapping[str, str] = {
     "maml_rl.figures": "figures",
     "maml_rl.render": "videos",
     "maml_rl.movies": "files of videos, for render.py",
-    "maml_rl.report.page": "report.html",
+    "maml_rl.report.sheet": "report.html",
+    "maml_rl.supervised.decoded_images": "images decoded once, beside them or in data.cache",
+    "maml_rl.supervised.drawn_characters": "made-up characters, in a folder of the user's",
 }
 """The only modules that write files, and what. No other may, under envs/ or maml_rl/."""
 
@@ -117,6 +126,11 @@ def imports(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, dotted(node)
 
 
+def last_name(call: ast.Call) -> str:
+    """The name a call ends in: `c` of `a.b.c()`, and of `f().c()`."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else dotted(call.func)
+
+
 WRITING_CALLS = frozenset(
     (
         *("write_text", "write_bytes", "mkdir", "makedirs", "touch", "rename", "unlink"),
@@ -146,7 +160,7 @@ def writes(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        last = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
+        last = last_name(node)
         if (
             last in WRITING_CALLS
             or dotted(node.func) in WRITING_NAMES
@@ -165,10 +179,9 @@ def violations(module: str, source: str) -> list[str]:
             for rule in RULES
             if rule.binds(module) and any(is_within(name, banned) for banned in rule.banned)
         ]
-        if module in ALGORITHM and is_within(name, "maml_rl"):
-            neighbour = ".".join(name.split(".")[:2])
-            if neighbour not in ALGORITHM:
-                found.append(f"{module}:{line} imports {name}: the algorithm stands alone")
+        neighbours = any(is_within(name, own) for own in ALGORITHM)
+        if module in ALGORITHM and is_within(name, "maml_rl") and not neighbours:
+            found.append(f"{module}:{line} imports {name}: the algorithm stands alone")
     if module not in WRITERS:
         found += [f"{module}:{line} calls {call}: it may not write" for line, call in writes(tree)]
     return found
@@ -286,3 +299,74 @@ GOOD = (
 @pytest.mark.parametrize(("module", "source"), GOOD)
 def test_what_keeps_the_rules_is_let_through(module: str, source: str) -> None:
     assert violations(module, source) == []
+
+
+# --- One inner step.
+
+DERIVATIVES = (
+    *("torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional"),
+    *(f"torch.func.{name}" for name in ("grad", "grad_and_value", "vjp", "jvp", "linearize")),
+    *(f"torch.func.{name}" for name in ("jacrev", "jacfwd", "hessian")),
+)
+DIFFERENTIATE: Mapping[str, str] = {
+    "maml_rl.adapt": "the inner step",
+    "maml_rl.curvature": "products with the derivative of what adapt() returns",
+    "maml_rl.maml": "the outer gradient of reinforcement learning",
+    "maml_rl.supervised.learner": "the outer gradient of the supervised mode",
+    "maml_rl.supervised.speed": "a plain loop to measure the learner against; nothing learns by it",
+}
+"""The only modules that differentiate, and what."""
+
+
+def derivatives(module: str, tree: ast.Module) -> set[str]:
+    """Names under which a module reaches torch's derivatives, in full."""
+    names = {name for _, name in imports(module, tree)}
+    return {name for name in names if any(is_within(name, one) for one in DERIVATIVES)}
+
+
+def descents(module: str, tree: ast.Module) -> list[str]:
+    """Functions that take a derivative and subtract a product: p - size * slope."""
+    slopes = {name.rpartition(".")[2] for name in DERIVATIVES}
+    found = []
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        nodes = list(ast.walk(function))
+        calls = {last_name(n) for n in nodes if isinstance(n, ast.Call)}
+        subtracted = [
+            *(n.right for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)),
+            *(n.value for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Sub)),
+        ]
+        steps = [n for n in subtracted if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult)]
+        if steps and calls & slopes:
+            found.append(f"{module}.{function.name}")
+    return found
+
+
+def test_both_modes_adapt_with_the_one_function() -> None:
+    """Nothing else differentiates and steps; a second inner step would drift from the first."""
+    # Not `import maml_rl.curvature as curvature`: here a module is asked for by its name.
+    modes = (f"maml_rl.{name}" for name in ("adapt", "curvature", "supervised.learner"))
+    (one, *others) = (vars(importlib.import_module(name))["adapt"] for name in modes)
+    assert all(other is one for other in others)
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert {name for name, tree in trees.items() if derivatives(name, tree)} == set(DIFFERENTIATE)
+    found = [function for name, tree in trees.items() for function in descents(name, tree)]
+    loop = "maml_rl.supervised.speed.plain_loop"
+    assert sorted(found) == ["maml_rl.adapt.adapt", "maml_rl.adapt.step", loop]
+    imported = {what for name, tree in trees.items() for _, what in imports(name, tree)}
+    assert loop not in imported
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ndef f(p, a):\n    g = torch.autograd.grad(l(p), p)\n    return p - a * g[0]",
+        "from torch.func import grad\ndef f(p, a):\n    return p - a * grad(l)(p)",
+        "from torch import func\ndef f(p, a):\n    p -= func.grad(l)(p) * a",
+        "import torch\ndef f(p, a):\n    l(p).backward()\n    p.data = p - a * p.grad",
+    ],
+)
+def test_a_second_inner_step_is_found(source: str) -> None:
+    """The checker itself, on steps down a loss that are written again."""
+    assert descents("maml_rl.train", ast.parse(source)) == ["maml_rl.train.f"]

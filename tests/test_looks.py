@@ -18,7 +18,7 @@ from maml_rl.looks import (
     readable_range,
     thick,
 )
-from maml_rl.report.page import FILES
+from maml_rl.report.sheet import FILES
 
 
 def luminance(shade: str) -> float:

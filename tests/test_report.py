@@ -23,7 +23,8 @@ from maml_rl.errors import InputError, RunStopped
 from maml_rl.paper import paper_returns
 from maml_rl.rendering import FORMAT, RECORD, Column, Rendering
 from maml_rl.report import page as report
-from maml_rl.report.page import csp_hash, make_report, page_name
+from maml_rl.report.page import make_report
+from maml_rl.report.sheet import csp_hash, page_name
 from maml_rl.results import write_own_test, write_results
 from maml_rl.task_sets import papers_own
 from maml_rl.train import meta_train, resume

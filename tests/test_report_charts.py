@@ -196,3 +196,40 @@ def test_every_look_can_be_drawn() -> None:
     assert {*MARKERS.values()} <= MARKS.keys()
     assert {*STYLES} == DASHES.keys()
     assert len(set(DASHES.values())) == len(DASHES)
+
+
+def test_a_logarithmic_axis_gives_equal_ratios_equal_room() -> None:
+    """From .01 to 100 over 80 units: 20 a power of ten, from (20, 85) up; 0 is far below."""
+    axis = Axis(name="error", low=0.01, high=100.0, log=True)
+    series = Series(name="a", points=[Point(0, 1.0)], colour="maml", marker="o")
+    log = dataclasses.replace(chart(series), y=axis)
+    assert [FRAME.place(log, 0, y)[1] for y in (0.01, 1, 10)] == pytest.approx([85, 45, 25])
+    assert FRAME.place(log, 0, 0.0)[1] > 1e5
+    assert readings(log)["y"] == {
+        **{"name": "error", "unit": "", "digits": 1, "low": 0.01, "high": 100.0, "log": True}
+    }
+    picture = draw(log, FRAME)
+    assert [text for text in re.findall(r'class="tick"[^>]*>([^<]*)<', picture) if "." in text] == [
+        *("0.01", "0.1")
+    ]
+    wide = dataclasses.replace(log, y=dataclasses.replace(axis, low=0.5, high=4.0))
+    assert re.findall(r'text-anchor="end">([^<]*)<', draw(wide, FRAME)) == ["0.5", "1", "2"]
+
+
+def test_what_has_no_bounds_is_an_arrow_at_the_edge() -> None:
+    """Above at 5, below at 85; what is no number is nowhere, and no coordinate is not finite."""
+    points = [Point(0, math.inf), Point(1, 1e27), Point(2, -math.inf), Point(3, NAN), Point(4, 0)]
+    series = Series(name="a", points=points, colour="maml", marker="o", style="-")
+    picture = draw(chart(series), FRAME)
+    assert "inf" not in picture
+    assert "nan" not in picture
+    assert path(picture, "mark") == "".join(
+        f"M{x} {y}{MARKS[mark]}"
+        for x, y, mark in (
+            *(("20.0", "5.0", "^"), ("30.0", "5.0", "^"), ("40.0", "85.0", "v")),
+            ("60.0", "45.0", "o"),
+        )
+    )
+    assert readings(chart(series))["series"] == [
+        {"name": "a", "aside": 0.0, "points": [[1.0, 1e27], [4.0, 0.0]]}
+    ]

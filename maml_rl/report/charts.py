@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+FAR = 1e4
+"""Lengths of an axis beyond its ends that something is drawn at, at most."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -61,6 +64,24 @@ class Axis:
     """Where and what; by default round numbers."""
     digits: int = 1
     """Decimals of a value that is read from it."""
+    log: bool = False
+    """Whether equal distances are equal ratios; `low` is above 0 then."""
+
+    def share(self, value: float, *, downwards: bool = False) -> float:
+        """Return how far along the axis a value is: 0 at `low` and 1 at `high`, or downwards.
+
+        As far beyond an end as can be drawn, if it is farther.
+        """
+        first, last = (self.high, self.low) if downwards else (self.low, self.high)
+        if math.isnan(value):
+            return value
+        if not self.log:
+            part = (value - first) / (last - first)
+        elif value > 0:
+            part = (math.log(value) - math.log(first)) / (math.log(last) - math.log(first))
+        else:
+            part = math.inf if downwards else -math.inf
+        return min(max(part, -FAR), FAR)
 
     @property
     def title(self) -> str:
@@ -96,11 +117,9 @@ class Frame(NamedTuple):
 
     def place(self, chart: Chart, x: float, y: float) -> tuple[float, float]:
         """Return where a point of a chart is in the picture, from the upper left corner."""
-        across = (x - chart.x.low) / (chart.x.high - chart.x.low)
-        down = (chart.y.high - y) / (chart.y.high - chart.y.low)
         return (
-            self.left + across * (self.width - self.left - self.right),
-            self.top + down * (self.height - self.top - self.bottom),
+            self.left + chart.x.share(x) * (self.width - self.left - self.right),
+            self.top + chart.y.share(y, downwards=True) * (self.height - self.top - self.bottom),
         )
 
 
@@ -138,6 +157,14 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Return powers of ten in a range, with 2 and 5 times each where they are few, and text."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    ticks = [f * 10.0**power for power in powers for f in factors]
+    return [(tick, f"{tick:g}") for tick in ticks if low <= tick <= high]
 
 
 def tick_words(ticks: Sequence[float]) -> list[str]:
@@ -207,6 +234,8 @@ def ticks_of(axis: Axis, most: int) -> list[tuple[float, str]]:
     """Return an axis's own ticks, or else round numbers."""
     if axis.ticks is not None:
         return list(axis.ticks)
+    if axis.log:
+        return log_ticks(axis.low, axis.high)
     ticks = nice_ticks(axis.low, axis.high, most)
     return list(zip(ticks, tick_words(ticks), strict=True))
 
@@ -260,11 +289,14 @@ def intervals(one: Series, chart: Chart, frame: Frame) -> str:
 
 
 def markers(one: Series, chart: Chart, frame: Frame) -> str:
-    """Return a series' markers; at the edge, an arrow for what lies below the range."""
+    """Return a series' markers; at the edge, an arrow for what lies below or above the range."""
     parts = []
     for p in one.points:
-        x, y = frame.place(chart, p.x, max(p.y, chart.y.low))
-        parts.append(mark("v" if p.y < chart.y.low else one.marker, x + one.aside, y))
+        if math.isnan(p.y):
+            continue
+        x, y = frame.place(chart, p.x, min(max(p.y, chart.y.low), chart.y.high))
+        shape = "v" if p.y < chart.y.low else "^" if p.y > chart.y.high else one.marker
+        parts.append(mark(shape, x + one.aside, y))
     return outline(one, "".join(parts))
 
 
@@ -294,6 +326,7 @@ def readings(chart: Chart) -> dict[str, object]:
         return {
             **{"name": one.name, "unit": one.unit, "digits": one.digits},
             **{"low": rounded(one.low), "high": rounded(one.high)},
+            **({"log": True} if one.log else {}),
         }
 
     def point(p: Point) -> list[float | str | None]:

@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -250,7 +251,7 @@ def curves_chart(subjects: Sequence[Subject]) -> tuple[Chart | None, str]:
     """
     runs: dict[tuple[Method, str], list[Metrics]] = {}
     for subject in subjects:
-        if metrics := metrics_of(subject):
+        if metrics := metrics_of(subject.path, subject.iterations):
             runs.setdefault((subject.method, subject.variant), []).append(metrics)
     series: list[Series] = []
     behind: list[Line] = []
@@ -273,20 +274,24 @@ def curves_chart(subjects: Sequence[Subject]) -> tuple[Chart | None, str]:
     return curves_of(series, behind, subjects[0].family), curves_note(every)
 
 
-def metrics_of(subject: Subject) -> Metrics:
+def metrics_of(run: Path, iterations: int) -> Metrics:
     """Return a run's metrics up to the checkpoint that is tested; none where it has none.
+
+    Args:
+        run: its folder.
+        iterations: of the checkpoint.
 
     Raises:
         InputError: if they are damaged.
     """
-    file = subject.path / "metrics.csv"
+    file = run / "metrics.csv"
     try:
         metrics = read_metrics(file) if file.is_file() else {}
     except (ValueError, TypeError, csv.Error) as error:
         hint = "remove it for a page without its learning curves"
         raise refusal(f"{file} is damaged: {error}; {hint}") from error
-    done = {name: column[: subject.iterations] for name, column in metrics.items()}
-    return {name: column for name, column in done.items() if column}
+    rows = [i for i, number in enumerate(metrics.get("iteration", ())) if number < iterations]
+    return {name: [column[i] for i in rows] for name, column in metrics.items()} if rows else {}
 
 
 def thinned(across: Floats, up: Floats, stride: int) -> list[tuple[float, float]]:

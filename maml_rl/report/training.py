@@ -8,7 +8,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from envs.family import TaskFamily
 from maml_rl.assess import Subject
@@ -68,16 +68,31 @@ class SettingsTable(NamedTuple):
     """What, and its value: one, or one a method where they differ."""
 
 
-def settings_table(subjects: Sequence[Subject]) -> SettingsTable:
-    """Return the settings that matter; those that no method has a value of are left out."""
-    heads = {name_of(s): s.trained.experiment for s in reversed(subjects)}
+E = TypeVar("E")
+
+
+def settings_table(
+    experiments: Mapping[str, E], settings: Mapping[str, Callable[[E], str]]
+) -> SettingsTable:
+    """Return the settings that matter; those that no method has a value of are left out.
+
+    Args:
+        experiments: by method.
+        settings: how each is said in words.
+    """
     rows = []
-    for name, words in SETTINGS.items():
-        values = [words(experiment) for experiment in reversed(heads.values())]
+    for name, words in settings.items():
+        values = [words(experiment) for experiment in experiments.values()]
         if any(values):
             rows.append((name, values if len(set(values)) > 1 else values[:1]))
     differ = any(len(values) > 1 for _, values in rows)
-    return SettingsTable(list(reversed(heads)) if differ else [], rows)
+    return SettingsTable(list(experiments) if differ else [], rows)
+
+
+def experiments_of(subjects: Sequence[Subject]) -> dict[str, Settings]:
+    """Return each method's experiment, its first run's."""
+    found = {name_of(s): s.trained.experiment for s in reversed(subjects)}
+    return dict(reversed(found.items()))
 
 
 def name_of(subject: Subject) -> str:
@@ -92,7 +107,8 @@ class Training(NamedTuple):
     method: str
     seed: int
     iterations: int
-    env_steps: str
+    amount: str
+    """Control steps or tasks that it saw."""
     time: str
     digest: str
     config: str
@@ -101,23 +117,28 @@ class Training(NamedTuple):
 
 def training_of(subject: Subject, checkpoint: str) -> Training:
     """Return what a run took."""
-    metrics = metrics_of(subject)
+    metrics = metrics_of(subject.path, subject.iterations)
     seconds = sum(sum(metrics.get(f"seconds_{n}", ())) for n in ("sampling", "updating"))
     return Training(
-        run=run_name(subject),
+        run=run_name(subject.path),
         method=name_of(subject),
         seed=subject.seed,
         iterations=subject.iterations,
-        env_steps=f"{subject.env_steps:,}",
+        amount=f"{subject.env_steps:,}",
         time=duration(seconds),
         digest=checkpoint_digest(subject.path, checkpoint),
-        config=(subject.path / "config.yaml").read_text(encoding="utf-8", errors="replace"),
+        config=config_text(subject.path),
     )
 
 
-def run_name(subject: Subject) -> str:
+def run_name(run: Path) -> str:
     """Return the name of a run's folder."""
-    return subject.path.resolve().name
+    return run.resolve().name
+
+
+def config_text(run: Path) -> str:
+    """Return all of a run's settings as they are written."""
+    return (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
 
 
 def duration(seconds: float) -> str:
@@ -141,17 +162,16 @@ class Versions(NamedTuple):
     versions: Mapping[str, str]
 
 
-def versions_tables(tested: Tested) -> list[Versions]:
+def versions_tables(runs: Sequence[Path], tests: Sequence[Mapping[str, str]]) -> list[Versions]:
     """Return what runs and tests were made with, those with the same versions together."""
     trained: dict[str, list[str]] = {}
-    for subject in tested.subjects:
-        found = made_with(subject.path)
-        trained.setdefault(json.dumps(found), []).append(run_name(subject))
+    for run in runs:
+        trained.setdefault(json.dumps(made_with(run)), []).append(run_name(run))
     result = []
-    for text, runs in trained.items():
-        what = "training" if len(trained) == 1 else f"training of {', '.join(runs)}"
+    for text, names in trained.items():
+        what = "training" if len(trained) == 1 else f"training of {', '.join(names)}"
         result.append(Versions(what, json.loads(text)))
-    for number, versions in enumerate({json.dumps(dict(v)): v for v in tested.versions}.values()):
+    for number, versions in enumerate({json.dumps(dict(v)): v for v in tests}.values()):
         result.append(Versions("test" if number == 0 else f"test {number + 1}", versions))
     return result
 
@@ -226,7 +246,7 @@ def commands(tested: Tested, checkpoint: str) -> list[Command]:
         checkpoint: which of the runs.
     """
     folder = tested.folder
-    runs = [run_name(subject) for subject in tested.subjects]
+    runs = [run_name(subject.path) for subject in tested.subjects]
     own_code = ":" in family_name(tested.subjects[0].family)
     allow = ["--allow-import"] if own_code else []
     which = [] if checkpoint == "latest" else ["--checkpoint", checkpoint]

@@ -13,11 +13,17 @@ function chart(plot) {
   // Of the two sizes that are drawn the one that is seen.
   const picture = () => [...plot.querySelectorAll("svg")].find((svg) => svg.getClientRects().length);
 
+  // From 0 at the axis's lower end to 1 at its upper.
+  function share(axis, value) {
+    if (!axis.log) return (value - axis.low) / (axis.high - axis.low);
+    return value > 0 ? Math.log(value / axis.low) / Math.log(axis.high / axis.low) : 0;
+  }
+
   function place(svg, { one, point }) {
     const [left, top, right, bottom] = svg.dataset.box.split(" ").map(Number);
-    const up = Math.max(0, (point[1] - y.low) / (y.high - y.low));
+    const up = Math.min(1, Math.max(0, share(y, point[1])));
     return [
-      left + ((point[0] - x.low) / (x.high - x.low)) * (right - left) + one.aside,
+      left + share(x, point[0]) * (right - left) + one.aside,
       bottom - up * (bottom - top),
     ];
   }

@@ -1,0 +1,264 @@
+"""A network to hold in the hand: adapt it to a few examples, then ask it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.func import vmap
+
+from maml_rl.adapt import Params, broadcast
+from maml_rl.checkpoints import Checkpoint
+from maml_rl.errors import InputError, RunWarning
+from maml_rl.plain_yaml import parse_yaml
+from maml_rl.runs import RunFolder
+from maml_rl.supervised.config import (
+    SupervisedExperiment,
+    as_tree,
+    experiment_from,
+    load_experiment,
+    made_for,
+)
+from maml_rl.supervised.learner import Learner
+from maml_rl.supervised.networks import Network, OwnNetwork, make_network
+from maml_rl.supervised.own import OwnSource, TaskSampler, as_examples
+from maml_rl.supervised.tasks import Examples, Problem, TaskSource, floats, silent
+from maml_rl.trained import check_device, differing, shapes_of, to_device
+from maml_rl.versions import differences
+
+NO_MATTER = re.compile(r"iterations|threads|device|record_every|data\.root|data\.cache")
+"""Settings that a run may be resumed with others of."""
+MATTERS = ("torch", "numpy", "maml-rl")
+"""Packages that a supervised run's numbers depend on."""
+SHOWN: Mapping[bool, str] = {True: "accuracy", False: "error"}
+
+
+def measure_name(problem: Problem) -> str:
+    """Return what a problem's tasks are scored by: accuracy, or the mean squared error."""
+    return SHOWN[problem.classifies]
+
+
+@dataclass(frozen=True)
+class AdaptedNetwork:
+    """A network after gradient steps on one task's examples."""
+
+    network: Network
+    params: Params
+
+    def __call__(self, inputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return outputs (S, Y) for inputs (S, ...): values, or a score for each class."""
+        device = next(iter(self.params.values())).device
+        with torch.no_grad():
+            outputs = self.network(self.params, floats(inputs).to(device))
+        result: npt.NDArray[np.float32] = outputs.cpu().numpy()
+        return result
+
+
+@dataclass(frozen=True)
+class LearnedNetwork:
+    """Meta-parameters with all that is needed to adapt them. Immutable."""
+
+    experiment: SupervisedExperiment[Problem]
+    learner: Learner
+    source: TaskSource
+    meta: Params
+    """Parameters of the network, and learned step sizes where there are any."""
+
+    def adapt(
+        self, inputs: npt.ArrayLike, targets: npt.ArrayLike, *, steps: int | None = None
+    ) -> AdaptedNetwork:
+        """Return the network after gradient steps on examples of one task.
+
+        Args:
+            inputs: (S, ...).
+            targets: (S,) numbers of classes, or (S, Y) values.
+            steps: gradient steps; by default as many as in training.
+
+        Raises:
+            ValueError: for negative steps, or if inputs and targets are not equally many.
+        """
+        inner = self.experiment.adaptation.inner_steps
+        count = inner if steps is None else steps
+        if count < 0:
+            raise ValueError(f"steps must be at least 0, got {count}")
+        given = as_examples(inputs, targets, classifies=self.learner.classifies)
+        if len(given.inputs) != len(given.targets):
+            raise ValueError(
+                f"{len(given.inputs)} inputs and {len(given.targets)} targets were given"
+            )
+        one = Examples(given.inputs[None], given.targets[None]).to(self.experiment.device)
+        *_, params = self.learner.along(self.meta, one, count)
+        return AdaptedNetwork(
+            self.learner.network, {name: p[0].detach().clone() for name, p in params.items()}
+        )
+
+
+def new_network(
+    experiment: SupervisedExperiment[Problem],
+    *,
+    network: nn.Module | None = None,
+    tasks: TaskSampler | None = None,
+    say: Callable[[str], None] = silent,
+) -> LearnedNetwork:
+    """Return an experiment's untrained network, and open its data.
+
+    Args:
+        experiment: all settings.
+        network: a module of your own (S, ...) -> (S, Y), in place of the experiment's network.
+        tasks: a function of your own that draws tasks, in place of the experiment's data.
+        say: is told what takes time.
+
+    Raises:
+        InputError: if the device or the data are not there, or network and data do not fit.
+    """
+    check_device(experiment.device)
+    problem, settings = experiment.data, experiment.adaptation
+    source: TaskSource = (
+        problem.open(say) if tasks is None else OwnSource(tasks, classifies=problem.classifies)
+    )
+    try:
+        if network is None:
+            made = make_network(experiment.network, problem.input_shape, problem.outputs)
+        else:
+            made = OwnNetwork(network)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if made.normalises and network is not None and not settings.transductive:
+        raise InputError(
+            "adaptation.transductive False needs a network of this package: a module of your own "
+            "normalises by what goes through it"
+        )
+    learner = Learner(made, settings, problem.classifies, problem.shots)
+    meta = to_device(learner.initial_parameters(experiment.seed), experiment.device)
+    check_outputs(learner, meta, problem)
+    return LearnedNetwork(experiment, learner, source, meta)
+
+
+def check_outputs(learner: Learner, meta: Params, problem: Problem) -> None:
+    """Raise InputError unless the network makes of inputs what the problem wants."""
+    theta = broadcast(learner.theta(meta), 2)
+    try:
+        with torch.no_grad():
+            inputs = torch.zeros(
+                2, 3, *problem.input_shape, device=next(iter(meta.values())).device
+            )
+            shape = tuple(vmap(learner.network)(theta, inputs).shape[1:])
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise InputError(
+            f"the network cannot map several tasks' inputs, each 3 of shape "
+            f"{problem.input_shape}: {what}"
+        ) from error
+    if shape != (3, problem.outputs):
+        raise InputError(
+            f"the network must map 3 inputs to (3, {problem.outputs}) outputs, it gave {shape}"
+        )
+
+
+def load(
+    run: str | Path,
+    *,
+    checkpoint: str = "latest",
+    root: str | None = None,
+    network: nn.Module | None = None,
+    tasks: TaskSampler | None = None,
+) -> LearnedNetwork:
+    """Load a run's network.
+
+    Args:
+        run: the run folder.
+        checkpoint: "latest", "previous" or "best" (by its score on validation tasks).
+        root: where its images are now, if not where they were.
+        network: the module of your own that it was trained with.
+        tasks: the function of your own that draws its tasks.
+
+    Raises:
+        InputError: if the folder is no supervised run, its checkpoint is missing, damaged or made
+            for something else, or its data are not there.
+    """
+    folder = RunFolder.open(Path(run))
+    experiment = experiment_of(folder, root)
+    return restore(folder, experiment, checkpoint, network=network, tasks=tasks)[0]
+
+
+def experiment_of(folder: RunFolder, root: str | None = None) -> SupervisedExperiment[Problem]:
+    """Return a run's experiment, with its images elsewhere if told so.
+
+    Raises:
+        InputError: if its config.yaml is damaged, or there are no images in it.
+    """
+    changed: dict[str, object] = {} if root is None else {"data__root": root}
+    return load_experiment(folder.config, **changed)
+
+
+def restore(
+    folder: RunFolder,
+    experiment: SupervisedExperiment[Problem],
+    which: str = "latest",
+    *,
+    network: nn.Module | None = None,
+    tasks: TaskSampler | None = None,
+    say: Callable[[str], None] = silent,
+) -> tuple[LearnedNetwork, Checkpoint]:
+    """Return the network of a run's checkpoint, and the checkpoint, for the run's own experiment.
+
+    Raises:
+        InputError: if it is missing, damaged or made for something else.
+    """
+    found = folder.load(which)
+    fresh = new_network(experiment, network=network, tasks=tasks, say=say)
+    meta = parameters_for(found, fresh)
+    if changed := changes(found, experiment):
+        warnings.warn(
+            f"{folder.config} has changed since checkpoint {found.path.name} was made: {changed}",
+            RunWarning,
+            stacklevel=3,
+        )
+    return replace(fresh, meta=meta), found
+
+
+def changes(found: Checkpoint, experiment: SupervisedExperiment[Problem]) -> str:
+    """Return the settings that a checkpoint was not made with, "" if none; a total may grow."""
+    source = str(found.path)
+    try:
+        made_with = experiment_from(parse_yaml(found.origin.config, source), source)
+    except InputError as error:
+        return str(error)
+    return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
+
+
+def parameters_for(found: Checkpoint, fresh: LearnedNetwork) -> Params:
+    """Return a checkpoint's parameters for use in place of a fresh network's.
+
+    Raises:
+        InputError: with both descriptions side by side, if problem or shapes differ.
+    """
+    theirs = describe(found.origin.made_for, found.theta)
+    ours = describe(made_for(fresh.experiment.data), fresh.meta)
+    if theirs != ours:
+        raise InputError(
+            f"checkpoint {found.path} is of another problem or network\n"
+            f"  checkpoint: {theirs}\n  expected:   {ours}\n"
+            "(a network of your own wants network=, and tasks of your own tasks=)"
+        )
+    matters = {n: v for n, v in found.origin.versions.items() if n in MATTERS}
+    if changed := differences(matters):
+        warnings.warn(
+            f"checkpoint {found.path} was made with {', '.join(changed)}; it is used all the same, "
+            "but results may differ in their last digits",
+            RunWarning,
+            stacklevel=3,
+        )
+    return to_device(found.theta, fresh.experiment.device)
+
+
+def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
+    """Return in a line what a network is for and the shapes of its parameters."""
+    return ", ".join(f"{k} {v}" for k, v in made_for.items()) + f"; {shapes_of(theta)}"
