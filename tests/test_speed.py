@@ -17,6 +17,8 @@ def test_every_row_of_the_goals_is_measured(capsys: pytest.CaptureFixture[str]) 
     assert [f["unit"] for f in figures] == [
         *("of bare physics speed", "x bare physics time", "s"),
         *("s", "GB", "GB", "% of its time", "s"),
+        *("x a loop over tasks", "x a loop over tasks"),
+        *("of second order's", "of second order's"),
     ]
     assert all(f["value"] >= 0 for f in figures)
     assert 0 < figures[0]["value"] < 1.5

@@ -7,6 +7,7 @@ and is the same for every task. So did the code of Finn et al. 2017.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -290,6 +291,19 @@ BUILDERS: Mapping[str, Callable[[NetworkSettings, tuple[int, ...], int], Network
     "strided-conv": _strided,
     "pooled-conv": _pooled,
 }
+
+
+def parameter_count(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> int:
+    """Return how many numbers a network's parameters are, without making them."""
+    network = make_network(settings, shape, outputs)
+    if isinstance(network, Mlp):
+        widths = network.sizes
+        normalised = sum(widths[1:-1]) if network.batch_norm else 0
+        return sum((i + 1) * o for i, o in itertools.pairwise(widths)) + normalised
+    assert isinstance(network, ConvNet)
+    filters = network.filters
+    inner = 9 * filters * (network.channels + (network.blocks - 1) * filters)
+    return inner + network.blocks * filters + (network.features + 1) * outputs
 
 
 def make_network(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Network:

@@ -177,31 +177,38 @@ def tables_of(outcomes: Sequence[Outcome]) -> list[Table]:
     tables = []
     for shots, statistics in kinds:
         some = [one for one in outcomes if (one.shots, one.statistics) == (shots, statistics)]
-        papers = papers_of(some)
         heading = f"{kind_of(problem)}, {shots} shot{'s' * (shots > 1)}: {unit}"
         words = STATISTICS[statistics]
         table = plain_table(heading + (f"\n{words}" if words else ""))
         table.add_column("")
-        names = column_names(some)
-        for name in (*names, *(["the paper's maml"] if papers else [])):
+        papers = papers_to_show(some)
+        for name in (*column_names(some), *(f"the paper's {method}" for method in papers)):
             table.add_column(name, justify="right", overflow="fold")
         for step in range(max(len(one.scores) for one in some)):
-            cells = [
-                score_words(one.means[step], one.half_widths[step], classifies=problem.classifies)
-                if step < len(one.scores)
-                else ""
+            ours = [
+                (one.means[step], one.half_widths[step]) if step < len(one.scores) else None
                 for one in some
             ]
-            theirs = [p for p in papers if p.steps == step and p.method == "maml"]
-            if papers:
-                cells.append(
-                    score_words(theirs[0].mean, theirs[0].half_width, classifies=problem.classifies)
-                    if theirs
-                    else ""
-                )
+            theirs = [points.get(step) for points in papers.values()]
+            cells = [
+                score_words(*found, classifies=problem.classifies) if found else ""
+                for found in (*ours, *theirs)
+            ]
             table.add_row(step_words(step), *cells)
         tables.append(table)
     return tables
+
+
+def papers_to_show(outcomes: Sequence[Outcome]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Return the paper's score and half an interval's width by method and gradient steps.
+
+    Of the methods that are tested, or of all where it has none of those.
+    """
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for point in papers_of(outcomes):
+        found.setdefault(point.method, {})[point.steps] = (point.mean, point.half_width)
+    tested = {one.subject.method for one in outcomes}
+    return {method: points for method, points in found.items() if method in tested} or found
 
 
 def column_names(outcomes: Sequence[Outcome]) -> list[str]:

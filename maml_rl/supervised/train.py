@@ -26,6 +26,7 @@ from maml_rl.runs import Row, RunFolder
 from maml_rl.seeds import TRAINING, VALIDATION
 from maml_rl.supervised.config import OuterLoopSettings, SupervisedExperiment, origin_of
 from maml_rl.supervised.learner import InnerLoopSettings, Learner, MetaGradient
+from maml_rl.supervised.memory import check_memory
 from maml_rl.supervised.networks import OwnNetwork
 from maml_rl.supervised.own import OwnTasks, TaskSampler
 from maml_rl.supervised.recorded import Recorded
@@ -336,6 +337,8 @@ def meta_train(
         InputError: if device, data, `out` or `init` cannot be used.
         RunStopped: if the run ended early; what was done is in `out`.
     """
+    if network is None:
+        check_memory(experiment)
     fresh = new_network(experiment, network=network, tasks=tasks, say=say)
     say(describe(experiment))
     begun_from = None
