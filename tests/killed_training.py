@@ -58,14 +58,19 @@ def interrupt(out: Path, number: int, seed: int, rounds: int) -> list[int]:
     torch.set_num_threads(1)
     torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(2, 3))
     log = out.with_name(f"{out.name}.log")
+    longest, trained = 0.6, 0
     for _ in range(rounds):
         process = os.fork()
         if process == 0:
             child(out, log)
         # Into training or into what comes before: the handlers are there after an instant.
-        time.sleep(rng.uniform(0.05, 0.6))
+        time.sleep(rng.uniform(0.05, longest))
         os.kill(process, number)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        # On a busy machine training begins later: where nothing was trained, wait longer.
+        metrics = out / "metrics.csv"
+        before, trained = trained, metrics.stat().st_size if metrics.exists() else 0
+        longest *= 1.5 if trained <= before else 1.0
         if not (out / "config.yaml").exists() and out.exists():
             # Killed before there was a run: what a user would remove, since nothing is in it.
             os.rename(out, out.with_name(f"{out.name}-{len(codes)}"))

@@ -82,8 +82,8 @@ def test_parameters_are_counted_without_making_them(
 
 def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny sine curves: a network 1-8-7-1 is 87 numbers, four times; examples are one number each:
-    3 tasks and 5 validation tasks of 4 + 4, 6 test tasks of 4 + 100."""
-    taken = 16 * 87 + 4 * (3 * 8 + 5 * 8 + 6 * 104)
+    3 tasks of 4 + 4, 5 validation tasks and 6 test tasks of 4 + 100."""
+    taken = 16 * 87 + 4 * (3 * 8 + 5 * 104 + 6 * 104)
     monkeypatch.setattr(memory, "physical_memory", lambda: taken)
     check_memory(sinusoid())
     monkeypatch.setattr(memory, "physical_memory", lambda: taken - 1)

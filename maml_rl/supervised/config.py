@@ -146,6 +146,11 @@ class SupervisedExperiment(Generic[P]):
                 raise InputError(f"{name} must be from {least} to {most}, got {value}")
 
 
+def query_of(experiment: SupervisedExperiment[Problem], shots: int) -> int:
+    """Return how many examples (of each class) a test from so many shots judges by."""
+    return experiment.evaluation.query or shots
+
+
 def problem_class(name: str) -> type[Problem]:
     """Return the problem of that name.
 

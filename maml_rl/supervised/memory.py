@@ -6,7 +6,7 @@ import math
 
 from maml_rl.errors import InputError
 from maml_rl.memory import physical_memory
-from maml_rl.supervised.config import SupervisedExperiment
+from maml_rl.supervised.config import SupervisedExperiment, query_of
 from maml_rl.supervised.evaluate import DRAWN
 from maml_rl.supervised.networks import parameter_count
 from maml_rl.supervised.tasks import Problem
@@ -40,12 +40,12 @@ def check_memory(experiment: SupervisedExperiment[Problem]) -> None:
             "outer.tasks or data.shots",
         ),
         (
-            number * test.validation_tasks * 2 * problem.shots,
+            number * test.validation_tasks * (problem.shots + query_of(experiment, problem.shots)),
             f"{test.validation_tasks} validation tasks",
             "evaluation.validation_tasks or data.shots",
         ),
         (
-            number * min(DRAWN, test.tasks) * (most_shots + (test.query or most_shots)),
+            number * min(DRAWN, test.tasks) * (most_shots + query_of(experiment, most_shots)),
             f"test tasks of {most_shots} shots",
             "evaluation.shots or evaluation.query",
         ),

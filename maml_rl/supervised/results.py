@@ -180,9 +180,12 @@ def tables_of(outcomes: Sequence[Outcome]) -> list[Table]:
         heading = f"{kind_of(problem)}, {shots} shot{'s' * (shots > 1)}: {unit}"
         words = STATISTICS[statistics]
         table = plain_table(heading + (f"\n{words}" if words else ""))
-        table.add_column("")
         papers = papers_to_show(some)
-        for name in (*column_names(some), *(f"the paper's {method}" for method in papers)):
+        names = [*column_names(some), *(f"the paper's {method}" for method in papers)]
+        # Words leave no room for more than two columns beside them.
+        wide = len(names) > 2
+        table.add_column("steps" if wide else "", justify="right" if wide else "left")
+        for name in names:
             table.add_column(name, justify="right", overflow="fold")
         for step in range(max(len(one.scores) for one in some)):
             ours = [
@@ -194,7 +197,7 @@ def tables_of(outcomes: Sequence[Outcome]) -> list[Table]:
                 score_words(*found, classifies=problem.classifies) if found else ""
                 for found in (*ours, *theirs)
             ]
-            table.add_row(step_words(step), *cells)
+            table.add_row(str(step) if wide else step_words(step), *cells)
         tables.append(table)
     return tables
 

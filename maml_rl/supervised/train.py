@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +23,12 @@ from maml_rl.loop import Watcher, run_iterations
 from maml_rl.memory import repeated_where_memory_fails
 from maml_rl.runs import Row, RunFolder
 from maml_rl.seeds import TRAINING, VALIDATION
-from maml_rl.supervised.config import OuterLoopSettings, SupervisedExperiment, origin_of
+from maml_rl.supervised.config import (
+    OuterLoopSettings,
+    SupervisedExperiment,
+    origin_of,
+    query_of,
+)
 from maml_rl.supervised.learner import InnerLoopSettings, Learner, MetaGradient
 from maml_rl.supervised.memory import check_memory
 from maml_rl.supervised.networks import OwnNetwork
@@ -92,6 +96,30 @@ class Adam:
 
 
 @dataclass
+class Tally:
+    """What happened in the iterations of a row of metrics."""
+
+    refused_in_a_row: int
+    refused: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    """Of gradients; NaN of an update that was refused."""
+    sampling: float = 0.0
+    updating: float = 0.0
+    """Seconds."""
+
+    def add(self, found: MetaGradient, norm: float) -> None:
+        """Add an iteration."""
+        self.losses.append(float(found.losses.mean()))
+        self.scores.append(float(found.scores.mean()))
+        self.norms.append(norm)
+        taken = math.isfinite(norm)
+        self.refused += not taken
+        self.refused_in_a_row = 0 if taken else self.refused_in_a_row + 1
+
+
+@dataclass
 class SupervisedTrainer:
     """One run's state and what it needs to go on by a row of metrics."""
 
@@ -118,12 +146,11 @@ class SupervisedTrainer:
         size = outer.tasks_at_once or chunk_size(outer.tasks, flatten(meta).numel(), device)
         validation = None
         if "validation" in source.splits:
-            drawn = source.sample(
-                "validation",
-                experiment.evaluation.validation_tasks,
-                task_generator(VALIDATION, 0, 0),
-            )
-            validation = drawn.to(device)
+            # Judged by as many examples as in a test, so that the scores can be compared.
+            count = experiment.evaluation.validation_tasks
+            query = query_of(experiment, experiment.data.shots)
+            rng = task_generator(VALIDATION, 0, 0)
+            validation = source.sample("validation", count, rng, query=query).to(device)
         return cls(
             experiment,
             network.learner,
@@ -175,10 +202,7 @@ class SupervisedTrainer:
     def _iterate(self) -> Row:
         begin, every = self.state.iteration, self.experiment.record_every
         end = min(self.total, (begin // every + 1) * every)
-        refused = self.state.refused_in_a_row
-        seconds: defaultdict[str, float] = defaultdict(float)
-        losses, scores, norms, refusals = [], [], [], 0
-        iteration = begin
+        tally = Tally(refused_in_a_row=self.state.refused_in_a_row)
         for iteration in range(begin, end):
             began = time.perf_counter()
             batch = self.draw(iteration)
@@ -187,31 +211,27 @@ class SupervisedTrainer:
                 lambda batch=batch: self.gradient(batch),  # type: ignore[misc]  # bound now
                 self._halve_chunks,
             )
-            norm = self._update(found)
-            seconds["sampling"] += drawn - began
-            seconds["updating"] += time.perf_counter() - drawn
-            losses.append(float(found.losses.mean()))
-            scores.append(float(found.scores.mean()))
-            norms.append(norm)
-            refused = 0 if math.isfinite(norm) else refused + 1
-            refusals += refused > 0
-            if refused >= self.max_refused:
+            tally.add(found, self._update(found))
+            tally.sampling += drawn - began
+            tally.updating += time.perf_counter() - drawn
+            if tally.refused_in_a_row >= self.max_refused:
                 break
+        done = len(tally.losses)
         row: dict[str, float | int | str] = {
-            "iteration": iteration,
-            "tasks": self.state.env_steps + len(losses) * self.experiment.outer.tasks,
-            "loss": mean(losses),
-            measure_name(self.experiment.data): mean(scores),
-            "gradient_norm": mean(norms),
-            "refused": refusals,
-            "refused_because": NOT_FINITE if refused else "",
+            "iteration": begin + done - 1,
+            "tasks": self.state.env_steps + done * self.experiment.outer.tasks,
+            "loss": mean(tally.losses),
+            measure_name(self.experiment.data): mean(tally.scores),
+            "gradient_norm": mean(tally.norms),
+            "refused": tally.refused,
+            "refused_because": NOT_FINITE if tally.refused else "",
         }
         began = time.perf_counter()
         score = self._validate(row)
-        row["seconds_sampling"] = round(seconds["sampling"], 4)
-        row["seconds_updating"] = round(seconds["updating"], 4)
+        row["seconds_sampling"] = round(tally.sampling, 4)
+        row["seconds_updating"] = round(tally.updating, 4)
         row["seconds_validating"] = round(time.perf_counter() - began, 4)
-        self._advance(iteration + 1, int(row["tasks"]), score, refused)
+        self._advance(begin + done, int(row["tasks"]), score, tally.refused_in_a_row)
         return row
 
     def gradient(self, batch: Batch) -> MetaGradient:
