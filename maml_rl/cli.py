@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import tyro
@@ -50,7 +50,7 @@ from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
-from maml_rl.settings import normal_flag, parse_options, parse_with_tyro
+from maml_rl.settings import normal_flag, parse_command, parse_options
 from maml_rl.signals import exit_code
 from maml_rl.supervised.commands import data_command, resume_supervised, train_supervised
 from maml_rl.terminal import (
@@ -65,7 +65,7 @@ from maml_rl.versions import differences
 INTRODUCTION = """\
 maml-rl: policies that learn a new task from a few episodes and one gradient step.
 
-  maml-rl train EXPERIMENT     meta-train a policy; EXPERIMENT is a YAML file or a shipped name
+  maml-rl train EXPERIMENT     meta-train a policy or network; a YAML file or a shipped name
   maml-rl resume RUN           go on with an interrupted run, or extend a finished one
   maml-rl evaluate RUN...      test policies: return against gradient steps, with figures
   maml-rl benchmark FILE       train and test a meta-policy and its baselines side by side
@@ -156,20 +156,10 @@ def train_command(words: Sequence[str], console: Console) -> None:
             return
         family, arguments = experiment_words(tree, str(file), flags, ignored=ours)
 
-        # The family decides the flags, so the command's arguments are put together here; what
-        # they are no static type can say, hence Any.
         settings = experiment_type(family, tyro.conf.arg(name=""))
-        arguments_class: type[Any] = dataclasses.make_dataclass(
-            "TrainCommand",
-            [
-                ("experiment", settings),
-                ("options", Annotated[TrainOptions, tyro.conf.arg(name="")]),
-            ],
-            frozen=True,
+        experiment, options = parse_command(
+            settings, TrainOptions, arguments, f"maml-rl train {target}"
         )
-        parsed = parse_with_tyro(arguments_class, arguments, f"maml-rl train {target}")
-        experiment: Experiment[TaskFamily] = parsed.experiment
-        options: TrainOptions = parsed.options
         check_device(experiment.device)
         check_memory(experiment, "sampling", "evaluation")
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)

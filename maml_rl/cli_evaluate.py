@@ -69,7 +69,8 @@ class EvaluateOptions(RunOptions):
     """Where to write evaluation.csv, summary.json and figures; by default RUN/evaluation, and for
     several runs `evaluation` beside the first."""
     checkpoint: Literal["latest", "previous", "best"] = "latest"
-    """The newest, the one before it, or the best by training return after adaptation."""
+    """The newest, the one before it, or the best by training return after adaptation (of a
+    supervised run, by its score on validation tasks)."""
     steps: int | None = None
     """Gradient steps, and for an oracle too, which otherwise takes none."""
     episodes: int | None = None

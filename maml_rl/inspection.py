@@ -37,7 +37,7 @@ def inspect_run(path: Path, console: Console) -> None:
     say(
         console,
         f"{path}: {settings.get('name')}, {settings.get('iterations')} iterations wanted, "
-        f"{rows} in metrics.csv" + (f"; in use by {user}" if user else ""),
+        f"{rows} row{'s' * (rows != 1)} in metrics.csv" + (f"; in use by {user}" if user else ""),
     )
     found: dict[str, Checkpoint] = {}
     words: dict[str, str] = {}
@@ -96,12 +96,10 @@ def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
     made_with = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
     size = sum(p.numel() for p in checkpoint.theta.values())
     shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in checkpoint.theta.items())
-    what = "return after adaptation" if is_policy(checkpoint) else "score on validation tasks"
     best = (
-        f"best {what} {state.best_return:.{1 if is_policy(checkpoint) else 4}f}, "
-        f"in iteration {state.best_iteration}"
+        f"best {best_words(checkpoint)}, in iteration {state.best_iteration}"
         if state.best_iteration >= 0
-        else f"no {what} yet"
+        else "nothing to choose the best by yet"
     )
     say(console, f"{checkpoint.path} is whole: every file matches its sha256")
     say(console, f"  {state.iteration} iterations, {state.env_steps:,} {unit(checkpoint)}; {best}")
@@ -115,6 +113,15 @@ def print_checkpoint(checkpoint: Checkpoint, console: Console) -> None:
 def is_policy(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is of a policy, and not of a network of supervised learning."""
     return "family" in checkpoint.origin.made_for
+
+
+def best_words(checkpoint: Checkpoint) -> str:
+    """Return what the best checkpoint was chosen by, and its value."""
+    value = checkpoint.state.best_return
+    if is_policy(checkpoint):
+        return f"return after adaptation {value:.1f}"
+    # An error is kept with a minus, so that the greatest is the best.
+    return f"error {-value:.4g}" if value < 0 else f"accuracy {value:.4f}"
 
 
 def unit(checkpoint: Checkpoint) -> str:

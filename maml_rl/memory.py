@@ -114,6 +114,21 @@ def repeated_where_memory_fails(attempt: Callable[[], T], take_less: Callable[[]
 
 
 @contextmanager
+def memory_to(what: str, lower: str) -> Iterator[None]:
+    """Say what to lower where memory does not suffice for something.
+
+    Raises:
+        RunStopped: in place of that error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(f"the memory does not suffice to {what}: lower {lower}", 3) from error
+
+
+@contextmanager
 def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterator[None]:
     """Say what to lower where memory does not suffice for the worlds and their episodes.
 
@@ -124,16 +139,12 @@ def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterat
     Raises:
         RunStopped: in place of that error.
     """
-    try:
+    settings = getattr(experiment, section)
+    at_once = experiment.sampling.at_once(settings.tasks)
+    with memory_to(
+        f"sample {settings.tasks} tasks x {settings.episodes} episodes x "
+        f"{experiment.family.horizon} steps",
+        f"sampling.tasks_at_once (now {at_once}), {section}.episodes, family.horizon or "
+        f"{section}.tasks",
+    ):
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        settings = getattr(experiment, section)
-        at_once = experiment.sampling.at_once(settings.tasks)
-        raise RunStopped(
-            f"the memory does not suffice to sample {settings.tasks} tasks x {settings.episodes} "
-            f"episodes x {experiment.family.horizon} steps: lower sampling.tasks_at_once (now "
-            f"{at_once}), {section}.episodes, family.horizon or {section}.tasks",
-            3,
-        ) from error

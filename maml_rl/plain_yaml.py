@@ -129,7 +129,9 @@ def parse_yaml(text: str, source: str) -> dict[str, object]:
     except yaml.YAMLError as error:
         raise refusal(f"{source} is not plain YAML: {yaml_complaint(error, text)}") from error
     if not isinstance(content, dict):
-        raise refusal(f"{source} holds no settings; expected `name:`, `family:` and so on")
+        raise refusal(
+            f"{source} holds no settings; expected `name:`, `family:` or `data:`, and so on"
+        )
     return content
 
 

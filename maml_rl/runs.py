@@ -9,7 +9,8 @@ RUN/dumps/                        simulations that broke down, for `maml-rl repl
 RUN/evaluation/                   evaluation.csv, summary.json
 RUN/.lock                         while a process trains here
 
-Holds no absolute path and no link: a run folder may be copied, moved or committed.
+Holds no link, and no path but that of a supervised run's images, as it was given: a run folder may
+be copied, moved or committed.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class RunFolder:
         theta: Params,
         *,
         init: str | None = None,
-        optimizer: Params | None = None,
+        remembered: int = 0,
     ) -> RunFolder:
         """Make a new run folder with a first checkpoint, and lock it.
 
@@ -113,7 +114,7 @@ class RunFolder:
             origin: the experiment and what it is for.
             theta: parameters that it begins with.
             init: name of the run whose parameters they are, if they are no new ones.
-            optimizer: what the outer optimiser remembers.
+            remembered: numbers that its optimiser will remember for each of them.
 
         Raises:
             InputError: if it exists and is not empty, or cannot be written.
@@ -128,9 +129,9 @@ class RunFolder:
         try:
             if not is_unused(path):
                 raise InputError(f"{path} has just been taken; choose another with --out DIR")
-            check_space(path, theta)
+            check_space(path, theta, 1 + remembered)
             folder._origin = origin
-            folder.save(theta, FRESH, best=None, optimizer=optimizer)
+            folder.save(theta, FRESH, best=None)
             begun = {} if init is None else {INIT: init}
             write_whole(path / "versions.json", as_json({**versions(), **begun}))
             # Last, since it is what makes a folder a run's.
@@ -202,10 +203,10 @@ class RunFolder:
         self._origin = origin
         write_whole(self.config, origin.config)
 
-    def go_on_from(self, found: Checkpoint, origin: Origin, *, every: int = 1) -> None:
+    def go_on_from(self, found: Checkpoint, origin: Origin, *, every: int | None = 1) -> None:
         """Make the folder as it was when a checkpoint was saved, to train on from there.
 
-        `every` is the number of iterations that a row of metrics sums up.
+        `every` is the number of iterations that a row of metrics sums up; None if it has changed.
 
         Raises:
             InputError: if it cannot be written.
@@ -269,7 +270,7 @@ class RunFolder:
         finally:
             events.close()
 
-    def drop_rows_from(self, iteration: int, every: int = 1) -> None:
+    def drop_rows_from(self, iteration: int, every: int | None = 1) -> None:
         """Remove metrics of iterations that a resumed run will do again, and half-written ones."""
         if not self.metrics.is_file():
             return
@@ -283,7 +284,8 @@ class RunFolder:
         header, rows = lines[:1], lines[1:]
         numbered = {int(r[0]): r for r in rows if is_whole(r, header[0])}
         kept = [r for number, r in sorted(numbered.items()) if number < iteration]
-        missing = sorted(set(range(every - 1, iteration, every)) - numbered.keys())
+        wanted = range(every - 1, iteration, every) if every else ()
+        missing = sorted(set(wanted) - numbered.keys())
         if missing:
             warnings.warn(
                 f"{self.metrics} lacks iterations {shorten(missing)}",
@@ -563,9 +565,12 @@ def cannot_write(path: Path, error: OSError, *, elsewhere: bool = False) -> Inpu
     return InputError(f"cannot write the run folder {path}: {error.strerror}{hint}")
 
 
-def check_space(path: Path, theta: Params) -> None:
-    """Raise OSError where the disk has no room for four checkpoints and some metrics."""
-    wanted = 4 * sum(p.numel() * p.element_size() for p in theta.values()) + 2**18
+def check_space(path: Path, theta: Params, copies: int) -> None:
+    """Raise OSError where the disk has no room for four checkpoints and some metrics.
+
+    A checkpoint holds so many `copies` of theta.
+    """
+    wanted = 4 * copies * sum(p.numel() * p.element_size() for p in theta.values()) + 2**18
     free = shutil.disk_usage(path).free
     if free < wanted:
         raise OSError(

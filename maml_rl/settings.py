@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import (
     Annotated,
+    Any,
     Literal,
     NamedTuple,
     TypeVar,
@@ -326,6 +327,33 @@ def for_tyro(kind: type[C], *marks: object) -> type[C]:
     marked = (kind, tyro.conf.FlagConversionOff, *marks)
     result: type[C] = Annotated.__class_getitem__(marked)  # type: ignore[attr-defined]
     return result
+
+
+def parse_command(
+    experiment: type, options: type[C], words: Sequence[str], prog: str
+) -> tuple[Any, C]:
+    """Parse words into an experiment, whose type is known only now, and a command's own options.
+
+    Args:
+        experiment: its type, annotated by `for_tyro(..., tyro.conf.arg(name=""))`.
+        options: the class of the command's options.
+        words: of the command line.
+        prog: the command, for its help.
+
+    Raises:
+        InputError: in one sentence that names the flag.
+    """
+    # The experiment decides the flags, so what they are no static type can say, hence Any.
+    both: type[Any] = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("experiment", experiment),
+            ("options", Annotated.__class_getitem__((options, tyro.conf.arg(name="")))),  # type: ignore[attr-defined]
+        ],
+        frozen=True,
+    )
+    parsed = parse_with_tyro(both, words, prog)
+    return parsed.experiment, parsed.options
 
 
 def parse_options(cls: type[C], words: Sequence[str], prog: str) -> C:

@@ -35,5 +35,8 @@ class StatelessModule:
 
     def __call__(self, params: Params, inputs: Tensor) -> Tensor:
         """Return what the module makes of inputs with these parameters in place of its own."""
-        outputs: Tensor = functional_call(self._copy(), params, (inputs,))
+        module = self._copy()
+        # Where the parameters are, which is not where the module was made if that is no GPU.
+        buffers = {name: b.to(inputs.device) for name, b in module.named_buffers()}
+        outputs: Tensor = functional_call(module, {**buffers, **params}, (inputs,))
         return outputs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ from maml_rl.runs import RunFolder
 from maml_rl.sampler import Sampler
 from maml_rl.seeds import TRAINING
 from maml_rl.versions import differences
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,17 @@ def experiment_of(folder: RunFolder) -> Experiment[TaskFamily]:
     Raises:
         InputError: if that is damaged, naming where copies are.
     """
+    return from_config(folder, load_experiment)
+
+
+def from_config(folder: RunFolder, load: Callable[[Path], E]) -> E:
+    """Return what a run's config.yaml is loaded as.
+
+    Raises:
+        InputError: if that is damaged, naming where copies are.
+    """
     try:
-        return load_experiment(folder.config)
+        return load(folder.config)
     except InputError as error:
         copies = folder.checkpoints.path / "latest" / CONFIG
         hint = f". {copies} is what it was" if copies.is_file() else ""
@@ -259,7 +271,11 @@ def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
 
 
 def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
-    """Return in a line what a policy is for and the shapes of its parameters."""
+    """Return in a line what parameters are for and their shapes."""
+    if "family" not in made_for:
+        # A network of supervised learning.
+        words = ", ".join(f"{name} {value}" for name, value in made_for.items())
+        return f"{words}; {shapes_of(theta)}"
     protocol = f" ({made_for['protocol']} protocol)" if made_for["protocol"] else ""
     return (
         f"{made_for['family']}{protocol}, {made_for['observations']} observations, "

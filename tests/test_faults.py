@@ -159,7 +159,7 @@ def test_inspect_tells_what_is_inside(tmp_path: Path, capsys: pytest.CaptureFixt
     meta_train(NAVIGATION, out=tmp_path / "run")
     assert run(["inspect", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    for words in ("navigation, 3 iterations wanted, 3 in metrics.csv", "latest is whole"):
+    for words in ("navigation, 3 iterations wanted, 3 rows in metrics.csv", "latest is whole"):
         assert words in out
     assert run(["inspect", str(tmp_path / "run" / "checkpoints" / "previous")]) == 0
     out = capsys.readouterr().out

@@ -207,7 +207,7 @@ def test_tests_may_judge_by_another_number(omniglot: Path, mini_imagenet: Path) 
     assert draw(characters(omniglot)).query.inputs.shape[1] == 2 * 2
     assert draw(characters(omniglot), query=3).query.inputs.shape[1] == 2 * 3
     assert draw(photographs(mini_imagenet), query=1).query.inputs.shape[1] == 2
-    with pytest.raises(ValueError, match="5 images a class are wanted, one has 4"):
+    with pytest.raises(InputError, match=r"5 images a class are wanted .* and one has 4"):
         draw(characters(omniglot), "train", query=4)
 
 
@@ -350,7 +350,8 @@ def test_drawn_characters_lie_in_omniglots_tree(omniglot: Path, tmp_path: Path) 
     problem = DrawnCharacters(root=str(omniglot), ways=2, train_classes=4, validation_classes=2)
     assert torch.equal(draw(problem, query=2).query.inputs, draw(characters(omniglot)).query.inputs)
     text = refused(DrawnCharacters(root=str(tmp_path / "none")))
-    assert text == "there is no folder ROOT: `maml-rl data drawn-characters DIR` makes one"
+    assert text.startswith("there is no folder ROOT; ")
+    assert text.endswith("else make one by `maml-rl data drawn-characters DIR`")
     with pytest.raises(InputError, match=r"--data\.root DIR is missing"):
         DrawnCharacters().open()
 

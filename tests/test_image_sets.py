@@ -122,7 +122,7 @@ def test_a_missing_set_says_where_it_comes_from(
 ) -> None:
     """Missing, empty, or a file where a folder should be."""
     missing = message(find, tmp_path / "none")
-    assert missing.startswith("there is no folder ROOT: ")
+    assert missing.startswith("there is no folder ROOT; if the images are elsewhere ")
     assert words in missing
     (tmp_path / ".hidden").touch()
     empty = message(find, tmp_path)

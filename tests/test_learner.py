@@ -18,7 +18,7 @@ from maml_rl.supervised.learner import InnerLoopSettings, Learner, MetaGradient
 from maml_rl.supervised.networks import ConvNet, Mlp, Network, OwnNetwork
 from maml_rl.supervised.sinusoid import Sinusoid
 from maml_rl.supervised.tasks import Batch, Examples
-from maml_rl.supervised.train import Adam
+from maml_rl.supervised.trainer import Adam
 from tests.plain_networks import PlainConvNet, PlainMlp, filled
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

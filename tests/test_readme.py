@@ -12,9 +12,18 @@ import pytest
 
 from maml_rl.cli import COMMANDS, run
 from tests.tiny import TINY
+from tests.tiny_supervised import CHARACTERS, SINUSOID, flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+CURVES = flags(SINUSOID)
+SUPERVISED = {
+    **dict.fromkeys(("sinusoid", "sinusoid_pretrained", "sinusoid_oracle"), CURVES),
+    "drawn_characters": flags(CHARACTERS),
+}
+"""What cuts the training of each down."""
 
 
 def blocks(language: str) -> list[str]:
@@ -37,6 +46,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     small = ["--size", "64"]
     cuts = {
         "train": TINY,
+        "data": ["--drawings", "3"],
         "render": small,
         "speed": ["--scale", "0.02"],
         "resume": ["--iterations", "2"],
@@ -45,7 +55,8 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = set()
     for words in commands():
         seen.add(words[0])
-        assert run([*words, *cuts.get(words[0], [])]) == 0, words
+        tiny = SUPERVISED.get(words[1]) if words[0] == "train" else None
+        assert run([*words, *(tiny or cuts.get(words[0], []))]) == 0, words
     assert seen == {*COMMANDS} - {"replay"}
 
 
@@ -57,7 +68,7 @@ def test_every_block_of_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     module = types.ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)
     found = blocks("python")
-    assert len(found) == 5
+    assert len(found) == 6
     for block in found:
         exec(compile(block, "README.md", "exec"), vars(module))
 

@@ -124,10 +124,11 @@ def test_what_makes_no_sense_is_refused(
         "train sinusoid --outer.tasks 0": "outer.tasks must be from 1 to 100000, got 0",
         "train sinusoid --adaptation.step-size 0": "adaptation.step_size must be above 0",
         "train sinusoid --evaluation.shots 0": "evaluation.shots must all be from 1",
-        "train sinusoid --render": "there is no setting 'render'",
+        "train sinusoid --render": "--render means nothing for a run of supervised learning",
+        "train sinusoid --allow-import": "--allow-import means nothing",
         "train sinusoid --family.horizon 3": "there is no setting 'family.horizon'",
         "train omniglot_5way_1shot": "--data.root DIR is missing",
-        "train omniglot_5way_1shot --data.root none": "there is no folder none: get images_back",
+        "train omniglot_5way_1shot --data.root none": "give --data.root DIR, else get images_back",
         "train miniimagenet_5way_1shot --data.root none": "there is no folder none",
         "train sinusoid --device cuda": "device cuda is not there",
         "data omniglot set": "there is no data set 'omniglot' that can be made",
@@ -155,6 +156,12 @@ def test_options_of_the_other_mode_are_refused(
     nothing = "means nothing for a run of reinforcement learning"
     assert nothing in refused(["evaluate", "goals", "--shots", "3"], capsys)
     assert nothing in refused(["resume", "goals", "--data.root", "x"], capsys)
+    assert "which has no images" in refused(["evaluate", "curves", "--data.root", "x"], capsys)
+    other = refused(["train", "navigation", *TINY, "--init", "curves"], capsys)
+    assert "checkpoint: problem sinusoid, inputs 1, outputs 1" in other
+    other = refused(["train", "sinusoid", *SMALL, "--init", "goals"], capsys)
+    assert "checkpoint: navigation, 2 observations" in other
+    assert "network=" not in other
     both = refused(["evaluate", "goals", "curves"], capsys)
     assert both.startswith("curves is a run of supervised learning and goals one of")
 
@@ -168,8 +175,28 @@ def test_runs_of_different_problems_are_not_compared(
     assert run(["data", "drawn-characters", "set", "--characters", "11", "--drawings", "4"]) == 0
     words = ["train", "drawn_characters", *flags(CHARACTERS), "--data.root", "set", "--quiet"]
     assert run([*words, "--out", "characters"]) == 0
+    more = ["--data.split-seed", "4", "--out", "others"]
+    assert run([*words, *more]) == 0
+    text = refused(["evaluate", "characters", "others"], capsys)
+    assert text.endswith("cannot be compared: split_seed 1 -> 4")
     text = refused(["evaluate", "curves", "characters"], capsys)
     assert "the first learns sinusoid, the second drawn_characters, 3 ways" in text
+
+
+def test_a_test_that_cannot_be_made_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of eleven characters of four drawings each; nothing but the set is written."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["data", "drawn-characters", "set", "--characters", "11", "--drawings", "4"]) == 0
+    words = ["train", "drawn_characters", *flags(CHARACTERS), "--data.root", "set"]
+    for more, expected in {
+        "--evaluation.query 30": "31 images a class are wanted for 1 shots and the query",
+        "--evaluation.shots 3": "a test of 3 shots: class",
+        "--evaluation.step-sizes .1 .2 --data.validation-classes 0": "no validation classes",
+    }.items():
+        assert expected in refused([*words, *more.split()], capsys), more
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

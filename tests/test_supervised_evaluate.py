@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from maml_rl import supervised
+from maml_rl.adapt import Params
 from maml_rl.chunks import Chunks
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.seeds import TEST, TEST_SEED
@@ -20,6 +22,7 @@ from maml_rl.supervised.config import SupervisedExperiment
 from maml_rl.supervised.evaluate import (
     DRAWN,
     Bench,
+    Floats,
     Outcome,
     Subject,
     kind_of,
@@ -27,9 +30,16 @@ from maml_rl.supervised.evaluate import (
     method_of,
     outcomes_of,
 )
+from maml_rl.supervised.learner import Learner
 from maml_rl.supervised.paper import paper_scores
-from maml_rl.supervised.results import column_names, notes_of, score_words, write_results
-from maml_rl.supervised.tasks import Problem, TaskSource, task_generator
+from maml_rl.supervised.results import (
+    column_names,
+    notes_of,
+    score_words,
+    training_of,
+    write_results,
+)
+from maml_rl.supervised.tasks import Examples, Problem, Split, task_generator
 from tests.conftest import files_at_most
 from tests.tiny_supervised import characters, sinusoid
 
@@ -71,12 +81,9 @@ def test_tasks_are_the_same_for_every_seed_and_others_than_validation(curves: Su
     twin = replace(curves, learned=other)
     for one, two in zip(outcomes(curves), outcomes(twin), strict=True):
         np.testing.assert_array_equal(one.scores, two.scores)
-    with Bench(curves.learned, 0, 0) as bench:
-        source = curves.learned.source
-        both = [
-            bench.measure(source, split, 4, 6, statistics="", scale=1.0)[0]
-            for split in ("test", "validation")
-        ]
+    splits: tuple[Split, Split] = ("test", "validation")
+    with Bench(curves.learned, 4, 0) as bench:
+        both = [bench.measure(split, 6, statistics="", scale=1.0)[0] for split in splits]
     assert not np.isin(both[0], both[1]).any()
 
 
@@ -121,9 +128,11 @@ def test_a_step_size_is_chosen_on_validation_tasks_alone(
     seen: list[str] = []
     measure = Bench.measure
 
-    def watched(self: Bench, source: TaskSource, split: str, *rest: int, **named: object) -> object:
+    def watched(
+        self: Bench, split: Split, tasks: int, *, statistics: str, scale: float
+    ) -> tuple[Floats, Floats]:
         seen.append(split)
-        return measure(self, source, split, *rest, **named)  # type: ignore[arg-type]  # passed on
+        return measure(self, split, tasks, statistics=statistics, scale=scale)
 
     monkeypatch.setattr(Bench, "measure", watched)
     sizes = (0.01, 0.1, 1e6)
@@ -133,14 +142,68 @@ def test_a_step_size_is_chosen_on_validation_tasks_alone(
     errors = {}
     with Bench(curves.learned, 100, 2) as bench:
         for size in sizes:
-            scores, _ = bench.measure(
-                curves.learned.source, "validation", 4, 5, statistics="", scale=size / 0.001
-            )
+            scores, _ = bench.measure("validation", 5, statistics="", scale=size / 0.001)
             errors[size] = float(scores[-1].mean())
     assert found.step_size == pytest.approx(min(sizes[:2], key=lambda size: errors[size]))
     (single,) = outcomes(curves, step_sizes=(0.5,), shots=())
     assert single.step_size == pytest.approx(0.5)
     assert not np.array_equal(single.scores, found.scores)
+
+
+def test_a_ruinous_step_size_is_never_chosen(curves: Subject) -> None:
+    """Its error is no number, wherever it stands among the others."""
+    for sizes in ((1e6, 0.01), (0.01, 1e6)):
+        (found,) = outcomes(curves, step_sizes=sizes, shots=(), steps=9)
+        assert found.step_size == pytest.approx(0.01)
+
+
+def test_more_shots_in_the_test_are_a_step_of_the_same_scale(tmp_path: Path) -> None:
+    """Cross-entropy over as many shots as the test has, though one was trained with."""
+    one = subject(characters(tmp_path / "set", evaluation__tasks=3))
+    (found, _) = outcomes(one, shots=(2,))
+    learned = one.learned
+    source = replace(one.experiment.data, **{"shots": 2}).open()
+    batch = source.sample("test", 3, task_generator(TEST, TEST_SEED, 0), query=2)
+    learner = replace(learned.learner, shots=2)
+    with Chunks(1, 0) as chunks:
+        _, losses = learner.test(learned.meta, batch, 2, chunks, transductive=True)
+    np.testing.assert_allclose(found.losses, losses.numpy(), rtol=1e-5)
+    # Three ways times the mean: log 3 where the network knows nothing.
+    assert 0.5 < found.losses[0].mean() / (3 * math.log(3)) < 2
+
+
+def test_a_test_for_which_memory_fails_goes_on_with_fewer_tasks(
+    curves: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time fit; where not even one does: exit 3 with what to lower."""
+    before = outcomes(curves)
+    test = Learner.along
+
+    def small(self: Learner, meta: Params, support: Examples, *rest: float) -> Iterator[Params]:
+        if len(support.inputs) > most:
+            raise torch.OutOfMemoryError("no memory")
+        return test(self, meta, support, *rest)  # type: ignore[arg-type]  # passed on
+
+    most = 3
+    monkeypatch.setattr(Learner, "along", small)
+    for one, two in zip(before, outcomes(curves), strict=True):
+        np.testing.assert_allclose(one.scores, two.scores, rtol=1e-4)
+    most = 0
+    with pytest.raises(RunStopped, match=r"for the test: lower evaluation\.query") as stopped:
+        outcomes(curves)
+    assert stopped.value.exit_code == 3
+
+
+def test_a_runs_time_is_that_of_its_checkpoints_iterations(tmp_path: Path) -> None:
+    """Of the one before the last: two rows of three."""
+    supervised.meta_train(sinusoid(), out=tmp_path / "run")
+    (before,) = load_subjects([tmp_path / "run"], "previous")
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("seconds_sampling", "seconds_updating", "seconds_validating")
+    seconds = sum(float(row[name]) for row in rows[:2] for name in names)
+    found = training_of(before)
+    assert (found["iterations"], found["seconds"]) == (4, round(seconds, 1))
 
 
 def test_an_oracle_takes_no_step() -> None:

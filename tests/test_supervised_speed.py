@@ -12,7 +12,7 @@ from maml_rl.chunks import Chunks
 from maml_rl.errors import InputError
 from maml_rl.supervised import load_experiment, memory
 from maml_rl.supervised.memory import check_memory
-from maml_rl.supervised.networks import NetworkSettings, make_network, parameter_count
+from maml_rl.supervised.networks import NetworkSettings, make_network
 from maml_rl.supervised.speed import (
     Setup,
     measure,
@@ -76,14 +76,15 @@ def test_every_figure_is_measured() -> None:
 def test_parameters_are_counted_without_making_them(
     settings: NetworkSettings, shape: tuple[int, ...], outputs: int
 ) -> None:
-    made = make_network(settings, shape, outputs).initial_parameters(torch.Generator())
-    assert parameter_count(settings, shape, outputs) == sum(p.numel() for p in made.values())
+    network = make_network(settings, shape, outputs)
+    made = network.initial_parameters(torch.Generator())
+    assert network.parameter_count == sum(p.numel() for p in made.values())
 
 
 def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny sine curves: a network 1-8-7-1 is 87 numbers, four times; examples are one number each:
-    3 tasks of 4 + 4, 5 validation tasks and 6 test tasks of 4 + 100."""
-    taken = 16 * 87 + 4 * (3 * 8 + 5 * 104 + 6 * 104)
+    3 tasks of 4 + 5, 5 validation tasks and 6 test tasks of 4 + 100."""
+    taken = 16 * 87 + 4 * (3 * 9 + 5 * 104 + 6 * 104)
     monkeypatch.setattr(memory, "physical_memory", lambda: taken)
     check_memory(sinusoid())
     monkeypatch.setattr(memory, "physical_memory", lambda: taken - 1)
@@ -95,7 +96,7 @@ def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPat
     ("changed", "lower"),
     [
         ({"network__layers": [10**5] * 50}, "lower network.layers"),
-        ({"outer__tasks": 10**5, "data__shots": 10**5}, "lower outer.tasks or data.shots"),
+        ({"outer__tasks": 10**5, "data__shots": 10**5}, "lower outer.tasks, data.shots"),
         ({"evaluation__validation_tasks": 10**5, "data__shots": 10**5}, "lower evaluation.valid"),
     ],
 )

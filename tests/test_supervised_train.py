@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, OPTIMIZER, read_checkpoint
@@ -23,8 +24,9 @@ from maml_rl.supervised.config import SupervisedExperiment
 from maml_rl.supervised.learner import Learner, MetaGradient
 from maml_rl.supervised.recorded import Recorded
 from maml_rl.supervised.tasks import Batch, Problem, task_generator
-from maml_rl.supervised.train import Adam, SupervisedTrainer, chunk_size, meta_train, resume
+from maml_rl.supervised.train import meta_train, resume
 from maml_rl.supervised.trained import load, new_network
+from maml_rl.supervised.trainer import Adam, SupervisedTrainer, chunk_size
 from tests.conftest import rows
 from tests.tiny_supervised import characters, sinusoid
 
@@ -252,6 +254,101 @@ def test_gradients_are_cut_number_by_number(monkeypatch: pytest.MonkeyPatch) -> 
     total = sum(float(g.square().sum()) for g in gradient.values())
     assert norm == pytest.approx(math.sqrt(total))
     trainer.close()
+
+
+def test_a_good_update_between_bad_ones_is_none_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second update is refused, of six, and two in a row would end the run."""
+    good = SupervisedTrainer.gradient
+    calls = iter(range(100))
+
+    def sometimes(self: SupervisedTrainer, batch: Batch) -> MetaGradient:
+        found = good(self, batch)
+        bad = next(calls) % 2
+        return found._replace(losses=found.losses * math.inf) if bad else found
+
+    monkeypatch.setattr(SupervisedTrainer, "gradient", sometimes)
+    seen: list[Row] = []
+    meta_train(sinusoid(max_refused=2), watch=lambda row, total: seen.append(row))
+    assert [row["refused"] for row in seen] == [1, 1, 1]
+    assert {row["refused_because"] for row in seen} == {"loss or gradient not finite"}
+    assert all(math.isfinite(float(row["loss"])) for row in seen)
+
+
+def test_validation_tasks_are_the_same_for_every_seed(tmp_path: Path) -> None:
+    """And are judged as training is set to: by the support's statistics, if so."""
+    one, two = (trainer_of(sinusoid(seed=seed)) for seed in (0, 1))
+    assert one.validation is not None
+    assert two.validation is not None
+    assert torch.equal(one.validation.query.inputs, two.validation.query.inputs)
+    assert one.validation.query.inputs.shape[:2] == (5, 100)
+    one.close()
+    two.close()
+    root = tmp_path / "set"
+    less = {"adaptation__transductive": False, "adaptation__step_size": 0.4}
+    trainer = trainer_of(characters(root, evaluation__validation_tasks=30, **less))
+    row: dict[str, float | int | str] = {"accuracy": 0.0}
+    trainer._validate(row)
+    assert trainer.validation is not None
+    expected, _ = trainer.learner.test(
+        trainer.theta, trainer.validation, 1, trainer.chunks, transductive=False
+    )
+    other, _ = trainer.learner.test(
+        trainer.theta, trainer.validation, 1, trainer.chunks, transductive=True
+    )
+    assert row["validation_accuracy_1"] == float(expected.mean(1)[-1])
+    assert not torch.equal(expected, other)
+    trainer.close()
+
+
+def test_a_module_of_ones_own_is_never_recorded() -> None:
+    """What it does may change from call to call: here it forgets its bias after the first."""
+
+    class Fickle(nn.Linear):
+        calls = 0
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            type(self).calls += 1
+            return super().forward(inputs)
+
+    network = Fickle(1, 1)
+    experiment = sinusoid()
+    trainer = SupervisedTrainer.build(new_network(experiment, network=network), FRESH, {})
+    trainer.step()
+    first = Fickle.calls
+    trainer.step()
+    assert Fickle.calls >= 2 * first - 2
+    assert not trainer.recorded._recordings
+    trainer.close()
+
+
+def test_a_run_short_of_memory_goes_on_with_as_few_tasks_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit as if it had not been interrupted, though memory would suffice again."""
+    terms = Learner.terms
+
+    def small(self: Learner, meta: Params, batch: Batch) -> MetaGradient:
+        if len(batch.support.inputs) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return terms(self, meta, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "terms", small)
+        with pytest.warns(RunWarning, match="does not suffice"):
+            whole = meta_train(sinusoid())
+        with pytest.warns(RunWarning, match="does not suffice"):
+            meta_train(sinusoid(iterations=4), out=tmp_path / "run")
+    assert same(resume(tmp_path / "run", iterations=6).meta, whole.meta)
+    assert RunFolder.open(tmp_path / "run").load().state.chunk_size == 1
+
+
+def test_another_length_of_rows_loses_none(tmp_path: Path) -> None:
+    """Rows of two, and from iteration 4 on of three: no warning that some are lacking."""
+    meta_train(sinusoid(iterations=4), out=tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("record_every: 2", "record_every: 3"))
+    resume(tmp_path / "run", iterations=9)
+    assert [row["iteration"] for row in rows(tmp_path / "run")] == ["1", "3", "5", "8"]
 
 
 def test_where_memory_fails_fewer_tasks_go_together(monkeypatch: pytest.MonkeyPatch) -> None:

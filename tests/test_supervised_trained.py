@@ -62,6 +62,12 @@ def test_adapting_is_the_inner_step_and_asking_leaves_it_alone() -> None:
         learned.adapt(x, y[:2])
     with pytest.raises(ValueError, match="steps must be at least 0"):
         learned.adapt(x, y, steps=-1)
+    with pytest.raises(ValueError, match=r"an input must be of shape \(1,\), got \(2,\)"):
+        learned.adapt(np.zeros((3, 2)), y)
+    with pytest.raises(ValueError, match="a target must be 1 numbers, got 2"):
+        learned.adapt(x, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="inputs must be"):
+        adapted(np.zeros((3, 2)))
 
 
 def test_a_module_of_ones_own_learns_lines(tmp_path: Path) -> None:
@@ -105,9 +111,49 @@ def test_classes_are_told_by_whole_numbers() -> None:
     adapted = learned.adapt(np.asarray(x)[0], np.asarray(y)[0], steps=3)
     found = adapted(np.asarray(new)[0]).argmax(1)
     assert (found == np.asarray(wanted)[0]).mean() > 0.8
+    with pytest.raises(ValueError, match="classes must be from 0 to 2, got 0 to 7"):
+        learned.adapt(np.asarray(x)[0], [0, 1, 2, 0, 1, 7])
+
+
+def test_asked_one_by_one_or_together_by_the_supports_statistics(tmp_path: Path) -> None:
+    """Where not transductive an answer does not depend on what else is asked; else it does."""
+    for transductive in (False, True):
+        learned = supervised.meta_train(
+            characters(tmp_path / "set", adaptation__transductive=transductive)
+        )
+        batch = learned.source.sample("test", 1, np.random.default_rng(0), query=3)
+        adapted = learned.adapt(batch.support.inputs[0].numpy(), batch.support.targets[0].numpy())
+        asked = batch.query.inputs[0].numpy()
+        together, alone = adapted(asked)[:1], adapted(asked[:1])
+        assert np.allclose(together, alone, atol=1e-5) is not transductive
+
+
+def test_more_examples_are_a_step_of_the_same_scale(tmp_path: Path) -> None:
+    """Each twice is the same task, and the same step down the loss over shots."""
+    learned = supervised.meta_train(characters(tmp_path / "set"))
+    batch = learned.source.sample("test", 1, np.random.default_rng(0))
+    x, y = batch.support.inputs[0].numpy(), batch.support.targets[0].numpy()
+    once, twice = learned.adapt(x, y), learned.adapt(np.tile(x, (2, 1, 1, 1)), np.tile(y, 2))
+    for name, p in once.params.items():
+        torch.testing.assert_close(twice.params[name], p, rtol=1e-4, atol=1e-5)
 
 
 Sampler = Callable[[int, np.random.Generator], tuple[Arrays, Arrays]]
+
+
+def beyond(count: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    """Classes from 1, of which the query has one that the support has not."""
+    (x, y), (new, wanted) = draw_sides(count, rng)
+    return (x, y), (new, np.asarray(wanted) - 1)
+
+
+def nothing(count: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    return None  # type: ignore[return-value]  # wrong on purpose
+
+
+def unequal(count: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    (x, y), (new, wanted) = draw_lines(count, rng)
+    return (x, y), (np.repeat(new, 2, 2), wanted)
 
 
 def flat(count: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
@@ -122,6 +168,10 @@ def too_few(count: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
     ("network", "sampler", "classes", "words"),
     [
         (module(), flat, None, "targets .* values"),
+        (module(), nothing, None, "tasks must draw"),
+        (module(), unequal, None, "support and query must be of one shape"),
+        (module(2, 3), beyond, None, "classes must be from 0 to 2, got -1 to 2"),
+        (module(2, 2), draw_sides, 2, "classes must be from 0 to 1, got 0 to 2"),
         (module(), too_few, None, "64 tasks were wanted, got inputs"),
         (module(), draw_lines, 3, "are values to regress to, not classes"),
         (module(2), draw_lines, None, "cannot map several tasks' inputs"),

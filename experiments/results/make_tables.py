@@ -160,12 +160,78 @@ def training() -> str:
     return table(head, rows)
 
 
+CURVES = {
+    "sinusoid-seed0": "maml, seed 0",
+    "sinusoid-seed1": "maml, seed 1",
+    "sinusoid_pretrained-seed0": "pretrained, seed 0",
+    "sinusoid_pretrained-seed1": "pretrained, seed 1",
+    "sinusoid_oracle-seed0": "oracle, seed 0",
+    "sinusoid_alpha_01-seed0": "maml, step size .01, seed 0",
+    "sinusoid_alpha_01-seed1": "maml, step size .01, seed 1",
+}
+"""The runs on sine curves, and what the table calls them."""
+
+
+def sinusoid() -> str:
+    """Return the errors from 5 points of the runs on sine curves, with the paper's."""
+    rows, papers = [], {}
+    for folder, name in CURVES.items():
+        found = summary(f"sinusoid/{folder}/evaluation")
+        # The oracle is not adapted, so the number of points is of no matter to it.
+        test = next(one for one in found["tests"] if one["shots"] == 5 or "oracle" in name)
+        steps = test["gradient_steps"]
+        cells = [around(steps[step], 1.0, 3) for step in (0, 1, 5, 10) if step < len(steps)]
+        size = f"{test['step_size']:g}" if len(steps) > 1 else ""
+        link = f"[{name}](experiments/results/sinusoid/{folder})"
+        rows.append([link, size, *cells, *[""] * (4 - len(cells))])
+        papers |= {(one["method"], one["steps"]): one["mean"] for one in found["paper"]}
+    for method in dict.fromkeys(method for method, _ in papers):
+        cells = [f"{papers[method, step]:.2f}" for step in (1, 5, 10)]
+        rows.append([f"*{method}, the paper's*", "", "", *cells])
+    return table(["", "step size", "before", "1 step", "5 steps", "10 steps"], rows)
+
+
+def around(step: Summary, unit: float, digits: int) -> str:
+    """Return a mean with half the width of its interval."""
+    if step["mean"] is None:
+        return "diverged"
+    values = (unit * step["mean"], unit * step["half_width_95"])
+    return " ± ".join(f"{v:.3g}" if v >= 1000 else f"{v:.{digits}f}" for v in values)
+
+
+def characters() -> str:
+    """Return the accuracy on drawn characters after each number of steps."""
+    tests = summary("drawn_characters-seed0/evaluation")["tests"]
+    whose = {"batch": "query", "support": "support"}
+    rows = [
+        [
+            f"batch normalisation by the {whose[one['batch_norm']]}'s statistics",
+            *(f"{around(step, 100.0, 1)} %" for step in one["gradient_steps"]),
+        ]
+        for one in tests
+    ]
+    return table(["5 ways, 1 shot", "before", "1 step", "2 steps", "3 steps"], rows)
+
+
+def supervised_training() -> str:
+    """Return what the supervised runs took."""
+    rows = []
+    for folder in (*(f"sinusoid/{name}" for name in CURVES), "drawn_characters-seed0"):
+        (run,) = summary(f"{folder}/evaluation")["runs"]
+        iterations = f"{run['iterations']:,}"
+        rows.append([f"[{folder}]({folder})", iterations, f"{run['seconds'] / 60:.1f}"])
+    return table(["run", "iterations", "minutes"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": lambda: one_run("quickstart-seed0"),
     "quickstart seeds": quickstarts,
     "half_cheetah_dir run": lambda: one_run("half_cheetah_dir-seed0"),
     "half_cheetah_dir likelihood ratio": lambda: one_run("half_cheetah_dir_lr_from_100-seed0"),
     "training": training,
+    "sinusoid": sinusoid,
+    "drawn_characters": characters,
+    "supervised training": supervised_training,
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
 

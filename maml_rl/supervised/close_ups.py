@@ -142,7 +142,7 @@ def shown_steps(one: Outcome) -> list[int]:
 
 def outputs_of(one: Outcome, batch: Batch, steps: Sequence[int]) -> dict[int, torch.Tensor]:
     """Return a network's outputs (M, Q, Y) of the query by gradient steps, as it was tested."""
-    learned = one.subject.learned
+    learned = with_shots(one.subject.learned, one.shots)
     batch = batch.to(learned.experiment.device)
     scale = one.step_size / learned.experiment.adaptation.step_size
 
@@ -176,7 +176,7 @@ def pictured(one: Outcome) -> list[Pictured]:
         return []
     ways = problem.ways
     query = one.subject.experiment.evaluation.query or one.shots
-    source = with_shots(one.subject.learned, one.shots)
+    source = with_shots(one.subject.learned, one.shots).source
     batch = source.sample("test", TASKS, task_generator(TEST, 0, PICTURED), query=query)
     steps = list(dict.fromkeys((0, len(one.scores) - 1)))
     outputs = outputs_of(one, batch, steps)

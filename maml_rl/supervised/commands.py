@@ -7,18 +7,16 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from maml_rl.cli_shared import Switch, command_line, going_on
+from maml_rl.cli_shared import Switch, command_line, going_on, refuse_options
 from maml_rl.errors import InputError, refusal
 from maml_rl.results import results_folder
 from maml_rl.runs import Row, RunFolder
-from maml_rl.settings import parse_options, parse_with_tyro
+from maml_rl.settings import normal_flag, parse_command, parse_options
 from maml_rl.supervised.config import (
-    SupervisedExperiment,
     TestSettings,
     supervised_type,
     supervised_words,
@@ -26,7 +24,6 @@ from maml_rl.supervised.config import (
 from maml_rl.supervised.drawn_characters import draw_characters
 from maml_rl.supervised.evaluate import Outcome, load_subjects, outcomes_of, own_step_sizes
 from maml_rl.supervised.results import notes_of, shown, tables_of, write_results
-from maml_rl.supervised.tasks import Problem
 from maml_rl.supervised.train import meta_train, resume
 from maml_rl.terminal import watching
 from maml_rl.trained import check_device
@@ -44,26 +41,22 @@ class TrainOptions:
     """Print nothing but errors."""
 
 
+OF_POLICIES = ("render", "allow_import")
+"""Options of `train` that mean nothing here."""
+
+
 def train_supervised(
     target: str, file: Path, tree: Mapping[str, object], flags: Sequence[str], console: Console
 ) -> None:
     """`maml-rl train` of an experiment with `data`."""
+    given = {normal_flag(word) for word in flags if word.startswith("--")}
+    refuse_options({f"--{n.replace('_', '-')}": n in given for n in OF_POLICIES}, "supervised")
     ours = [f.name for f in dataclasses.fields(TrainOptions)]
     problem, arguments = supervised_words(tree, str(file), flags, ignored=ours)
-    # The problem decides the flags, so the command's arguments are put together here; what they
-    # are no static type can say, hence Any.
     settings = supervised_type(problem, tyro.conf.arg(name=""))
-    arguments_class: type[Any] = dataclasses.make_dataclass(
-        "TrainCommand",
-        [
-            ("experiment", settings),
-            ("options", Annotated[TrainOptions, tyro.conf.arg(name="")]),
-        ],
-        frozen=True,
+    experiment, options = parse_command(
+        settings, TrainOptions, arguments, f"maml-rl train {target}"
     )
-    parsed = parse_with_tyro(arguments_class, arguments, f"maml-rl train {target}")
-    experiment: SupervisedExperiment[Problem] = parsed.experiment
-    options: TrainOptions = parsed.options
     say = printer(console, options.quiet)
     check_device(experiment.device)
     path = options.out or RunFolder.default_path(experiment.name, experiment.seed)

@@ -17,7 +17,7 @@ from maml_rl.plain_yaml import read_yaml
 from maml_rl.settings import Choice, as_flags, for_tyro, parse_with_tyro, words_of
 from maml_rl.supervised.few_shot import DrawnCharacters, MiniImagenet, Omniglot
 from maml_rl.supervised.learner import InnerLoopSettings
-from maml_rl.supervised.networks import NetworkSettings
+from maml_rl.supervised.networks import ConvNet, Mlp, NetworkSettings, make_network
 from maml_rl.supervised.own import OwnTasks
 from maml_rl.supervised.sinusoid import Sinusoid
 from maml_rl.supervised.tasks import Problem
@@ -149,6 +149,19 @@ class SupervisedExperiment(Generic[P]):
 def query_of(experiment: SupervisedExperiment[Problem], shots: int) -> int:
     """Return how many examples (of each class) a test from so many shots judges by."""
     return experiment.evaluation.query or shots
+
+
+def network_of(experiment: SupervisedExperiment[Problem]) -> Mlp | ConvNet:
+    """Return an experiment's network.
+
+    Raises:
+        InputError: if its problem and network do not fit.
+    """
+    problem = experiment.data
+    try:
+        return make_network(experiment.network, problem.input_shape, problem.outputs)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def problem_class(name: str) -> type[Problem]:

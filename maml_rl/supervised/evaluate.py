@@ -7,23 +7,28 @@ numbers, and where there are classes from classes, that training never uses.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from maml_rl.chunks import Chunks
-from maml_rl.errors import InputError, refusal
+from maml_rl.errors import InputError, RunStopped, refusal
+from maml_rl.memory import repeated_where_memory_fails
 from maml_rl.runs import RunFolder
 from maml_rl.seeds import TEST, TEST_SEED, VALIDATION
 from maml_rl.supervised.config import SupervisedExperiment, TestSettings
 from maml_rl.supervised.networks import OwnNetwork
 from maml_rl.supervised.sinusoid import Sinusoid
-from maml_rl.supervised.tasks import Problem, Split, TaskSource, task_generator
+from maml_rl.supervised.tasks import Batch, Problem, Split, TaskSource, task_generator
 from maml_rl.supervised.trained import LearnedNetwork, experiment_of, restore
+from maml_rl.trained import differing
 
 Floats = npt.NDArray[np.float64]
 
@@ -132,37 +137,80 @@ def load_subjects(
         folder = RunFolder.open(run)
         learned, found = restore(folder, experiment_of(folder, root), checkpoint)
         subjects.append(Subject(run, learned, found.state.iteration))
-    first = kind_of(subjects[0].experiment.data)
+    first, problem = subjects[0], subjects[0].experiment.data
     for subject in subjects[1:]:
-        other = kind_of(subject.experiment.data)
-        if other != first:
-            raise refusal(
-                f"{subjects[0].path} and {subject.path} cannot be compared: the first learns "
-                f"{first}, the second {other}"
-            )
+        other = subject.experiment.data
+        differ = different_tasks(first, subject)
+        if kind_of(problem) != kind_of(other):
+            differ = f"the first learns {kind_of(problem)}, the second {kind_of(other)}"
+        if differ:
+            raise refusal(f"{first.path} and {subject.path} cannot be compared: {differ}")
     return subjects
 
 
+NOT_OF_THE_TASK = re.compile(r"shots|query|observe_task|root|cache")
+"""Fields of a problem in which networks that are compared may differ."""
+
+
+def different_tasks(one: Subject, other: Subject) -> str:
+    """Return in what the tasks of two networks differ, "" if they do not."""
+    first, second = (
+        {"name": problem.name, **asdict(problem)}
+        for problem in (one.experiment.data, other.experiment.data)
+    )
+    return differing(first, second, NOT_OF_THE_TASK)
+
+
 def kind_of(problem: Problem) -> str:
-    """Return what tasks are like, in words; tests of the same kind can be compared."""
+    """Return what tasks are like, in words."""
     ways = f", {problem.outputs} ways" if problem.classifies else ""
     return f"{problem.name}{ways}"
 
 
 def outcomes_of(subject: Subject, settings: TestSettings) -> Iterator[Outcome]:
-    """Yield a network's tests: for each number of shots and kind of batch normalisation."""
+    """Yield a network's tests: for each number of shots and kind of batch normalisation.
+
+    Raises:
+        InputError: if its tasks have not as many examples or no split to choose by.
+        RunStopped: if memory does not suffice for one task.
+    """
     experiment = subject.experiment
     problem, alpha = experiment.data, experiment.adaptation.step_size
     steps = 0 if is_oracle(problem) else settings.steps
-    with Bench(subject.learned, settings.query, steps) as bench:
-        for shots in settings.shots or (problem.shots,):
-            source = with_shots(subject.learned, shots)
-            scale = bench.chosen_scale(source, shots, settings)
-            for statistics in kinds_of_statistics(subject.learned):
+    for shots in settings.shots or (problem.shots,):
+        learned = with_shots(subject.learned, shots)
+        with Bench(learned, settings.query or shots, steps) as bench:
+            scale = bench.chosen_scale(settings)
+            for statistics in kinds_of_statistics(learned):
                 scores, losses = bench.measure(
-                    source, "test", shots, settings.tasks, statistics=statistics, scale=scale
+                    "test", settings.tasks, statistics=statistics, scale=scale
                 )
                 yield Outcome(subject, shots, statistics, scale * alpha, scores, losses)
+
+
+def check_tests(learned: LearnedNetwork) -> None:
+    """Raise InputError where a network's own test could not be made: told before it is trained."""
+    experiment = learned.experiment
+    settings, problem = experiment.evaluation, experiment.data
+    chooses = len(settings.step_sizes) > 1 and not is_oracle(problem)
+    splits: tuple[Split, ...] = ("validation", "test") if chooses else ("test",)
+    for shots in settings.shots or (problem.shots,):
+        source = with_shots(learned, shots).source
+        for split in splits:
+            draw(source, split, 1, task_generator(TEST, TEST_SEED, 0), settings.query or shots)
+
+
+def draw(
+    source: TaskSource, split: Split, count: int, rng: np.random.Generator, query: int
+) -> Batch:
+    """Draw tasks of a split, unless there is nothing in it.
+
+    Raises:
+        InputError: if so.
+    """
+    if split not in source.splits:
+        raise InputError(f"there are no {split} classes: raise data.{split}_classes")
+    return source.sample(split, count, rng, query=query)
 
 
 def own_step_sizes(settings: TestSettings, subject: Subject) -> TestSettings:
@@ -181,20 +229,22 @@ def kinds_of_statistics(learned: LearnedNetwork) -> tuple[str, ...]:
     return both if learned.experiment.adaptation.transductive else both[::-1]
 
 
-def with_shots(learned: LearnedNetwork, shots: int) -> TaskSource:
-    """Return what draws a network's tasks, with another number of examples to adapt to.
+def with_shots(learned: LearnedNetwork, shots: int) -> LearnedNetwork:
+    """Return a network for tasks with another number of examples to adapt to.
 
     Raises:
         InputError: if there are not as many, or tasks are drawn by a function.
     """
     problem = learned.experiment.data
     if shots == problem.shots:
-        return learned.source
+        return learned
     try:
         # Which kinds of problem have shots as a setting only they know.
-        return replace(problem, **{"shots": shots}).open()
+        source = replace(problem, **{"shots": shots}).open()
     except (TypeError, ValueError) as error:
         raise InputError(f"a test of {shots} shots: {error}") from error
+    # A loss summed over classes is over these shots.
+    return replace(learned, source=source, learner=replace(learned.learner, shots=shots))
 
 
 class Bench(Chunks):
@@ -205,80 +255,83 @@ class Bench(Chunks):
 
         Args:
             learned: the network.
-            query: examples to judge by; 0 is as many as shots.
+            query: examples to judge by, of each class where there are classes.
             steps: gradient steps n.
         """
         experiment = learned.experiment
-        super().__init__(experiment.threads, AT_ONCE if experiment.device == "cpu" else 0)
+        super().__init__(experiment.threads, AT_ONCE if experiment.device == "cpu" else DRAWN)
         self._learned = learned
         self._query = query
         self._steps = steps
 
     def measure(
-        self,
-        source: TaskSource,
-        split: Split,
-        shots: int,
-        tasks: int,
-        *,
-        statistics: str,
-        scale: float,
+        self, split: Split, tasks: int, *, statistics: str, scale: float
     ) -> tuple[Floats, Floats]:
         """Return score and loss after 0 to n gradient steps on tasks of a split, each (n + 1, T).
 
         Args:
-            source: draws the tasks.
             split: whose they are.
-            shots: examples that they adapt to.
             tasks: how many T.
             statistics: of batch normalisation in the query: batch, support or "".
             scale: of the step sizes trained with.
 
         Raises:
             InputError: if there is nothing in that split.
+            RunStopped: if memory does not suffice for one task.
         """
-        if split not in source.splits:
-            raise InputError(f"there are no {split} classes: raise data.{split}_classes")
         learned, stream = self._learned, {"validation": VALIDATION, "test": TEST}[split]
-        parts = []
-        for number, start in enumerate(range(0, tasks, DRAWN)):
+
+        def piece(number: int, count: int) -> tuple[Tensor, Tensor]:
             rng = task_generator(stream, TEST_SEED, number)
-            count = min(DRAWN, tasks - start)
-            batch = source.sample(split, count, rng, query=self._query or shots)
-            parts.append(
-                learned.learner.test(
-                    learned.meta,
-                    batch.to(learned.experiment.device),
-                    self._steps,
-                    self,
-                    transductive=statistics != "support",
-                    scale=scale,
-                )
+            batch = draw(learned.source, split, count, rng, self._query)
+            return learned.learner.test(
+                learned.meta,
+                batch.to(learned.experiment.device),
+                self._steps,
+                self,
+                transductive=statistics != "support",
+                scale=scale,
             )
+
+        counts = [min(DRAWN, tasks - start) for start in range(0, tasks, DRAWN)]
+        parts = [
+            repeated_where_memory_fails(partial(piece, number, count), self.halve)
+            for number, count in enumerate(counts)
+        ]
         scores, losses = (torch.cat(part, 1).double().cpu() for part in zip(*parts, strict=True))
         return scores.numpy(), losses.numpy()
 
-    def chosen_scale(self, source: TaskSource, shots: int, settings: TestSettings) -> float:
+    def halve(self) -> None:
+        """Let fewer tasks go through together.
+
+        Raises:
+            RunStopped: if they go one by one already.
+        """
+        if self.size == 1:
+            raise RunStopped(
+                "the memory does not suffice for the test: lower evaluation.query, "
+                f"evaluation.shots or threads (now {self.threads})",
+                3,
+            )
+        self.size //= 2
+
+    def chosen_scale(self, settings: TestSettings) -> float:
         """Return what to multiply step sizes by: 1, or what is best on validation tasks.
 
         Best is the score after the last step; the test tasks have no part in it.
         """
-        alpha = self._learned.experiment.adaptation.step_size
+        learned = self._learned
+        alpha = learned.experiment.adaptation.step_size
         scales = [size / alpha for size in settings.step_sizes] if self._steps else []
         if len(scales) < 2:
             return scales[0] if scales else 1.0
         found: dict[float, float] = {}
-        statistics = kinds_of_statistics(self._learned)[0]
+        statistics = kinds_of_statistics(learned)[0]
         for scale in scales:
             scores, _ = self.measure(
-                source,
-                "validation",
-                shots,
-                settings.validation_tasks,
-                statistics=statistics,
-                scale=scale,
+                "validation", settings.validation_tasks, statistics=statistics, scale=scale
             )
             last = float(scores[-1].mean())
-            high_is_good = last if self._learned.learner.classifies else -last
+            high_is_good = last if learned.learner.classifies else -last
             found[scale] = high_is_good if math.isfinite(last) else -math.inf
         return max(found, key=lambda scale: found[scale])

@@ -205,7 +205,7 @@ class DrawnCharacters(Omniglot):
     """Made-up characters in Omniglot's tree: see `draw_characters`."""
 
     name: ClassVar[str] = "drawn_characters"
-    advice: ClassVar[str] = "`maml-rl data drawn-characters DIR` makes one"
+    advice: ClassVar[str] = "make one by `maml-rl data drawn-characters DIR`"
 
     train_classes: int = 24
     """Characters to train with."""
@@ -274,13 +274,16 @@ class FewShotTasks:
             query: images of each class to be judged by; by default as in training.
 
         Raises:
-            ValueError: if a class has too few images.
+            InputError: if a class has too few images.
         """
         problem, counts = self._problem, self._counts[split]
         shots = problem.shots
         wanted = shots + (problem.training_query if query is None else query)
         if wanted > counts.min():
-            raise ValueError(f"{wanted} images a class are wanted, one has {counts.min()}")
+            raise refusal(
+                f"{wanted} images a class are wanted for {shots} shots and the query, and one has "
+                f"{counts.min()}: lower shots or query"
+            )
         # (M, N), (M, N, K + Q), (M, N).
         chosen = draw_distinct(rng, np.full(count, len(counts)), problem.ways)
         images = self._starts[split][chosen][..., None]

@@ -150,7 +150,10 @@ def check_root(root: Path, advice: str) -> None:
     elif os.path.lexists(root):
         raise refusal(f"{root} is no folder, and data.root names a folder of images")
     else:
-        raise refusal(f"there is no folder {root}: {advice}")
+        raise refusal(
+            f"there is no folder {root}; if the images are elsewhere give --data.root DIR, else "
+            f"{advice}"
+        )
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:

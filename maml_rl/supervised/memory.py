@@ -6,9 +6,8 @@ import math
 
 from maml_rl.errors import InputError
 from maml_rl.memory import physical_memory
-from maml_rl.supervised.config import SupervisedExperiment, query_of
+from maml_rl.supervised.config import SupervisedExperiment, network_of, query_of
 from maml_rl.supervised.evaluate import DRAWN
-from maml_rl.supervised.networks import parameter_count
 from maml_rl.supervised.tasks import Problem
 
 
@@ -23,26 +22,25 @@ def check_memory(experiment: SupervisedExperiment[Problem]) -> None:
         InputError: with what to lower, and what it takes, GB.
     """
     problem, outer, test = experiment.data, experiment.outer, experiment.evaluation
-    shape, outputs = problem.input_shape, problem.outputs
-    groups = outputs if problem.classifies else 1
-    parameters = parameter_count(experiment.network, shape, outputs)
-    number = 4 * groups * math.prod(shape)
+    groups = problem.outputs if problem.classifies else 1
+    parameters = network_of(experiment).parameter_count
+    number = 4 * groups * math.prod(problem.input_shape)
     most_shots = max((problem.shots, *test.shots))
     parts = (
         (
             16 * parameters,
-            f"a network of {parameters:,} parameters",
+            f"the network's {parameters:,} parameters",
             "network.layers, network.filters or network.blocks",
         ),
         (
-            number * outer.tasks * 2 * problem.shots,
+            number * outer.tasks * (problem.shots + problem.training_query),
             f"batches of {outer.tasks} tasks",
-            "outer.tasks or data.shots",
+            "outer.tasks, data.shots or data.query",
         ),
         (
             number * test.validation_tasks * (problem.shots + query_of(experiment, problem.shots)),
             f"{test.validation_tasks} validation tasks",
-            "evaluation.validation_tasks or data.shots",
+            "evaluation.validation_tasks or evaluation.query",
         ),
         (
             number * min(DRAWN, test.tasks) * (most_shots + query_of(experiment, most_shots)),

@@ -131,6 +131,13 @@ class Mlp:
         """Hidden layers that are normalised."""
         return range(len(self.sizes) - 2 if self.batch_norm else 0)
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that the parameters are."""
+        widths = self.sizes
+        normalised = sum(widths[1:-1]) if self.batch_norm else 0
+        return sum((i + 1) * o for i, o in itertools.pairwise(widths)) + normalised
+
     def initial_parameters(self, generator: torch.Generator) -> Params:
         """Draw weights from a truncated normal of .01, as the paper's code; biases are 0."""
         params = {}
@@ -192,6 +199,12 @@ class ConvNet:
         for _ in range(self.blocks):
             side = side // 2 if self.pooled else (side + 1) // 2
         return self.filters * (side**2 if self.pooled else 1)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that the parameters are."""
+        inner = 9 * self.filters * (self.channels + (self.blocks - 1) * self.filters)
+        return inner + self.blocks * self.filters + (self.features + 1) * self.outputs
 
     def initial_parameters(self, generator: torch.Generator) -> Params:
         """Draw weights Xavier-uniform; the last layer's after a mean N(0, 1), as the paper's."""
@@ -272,41 +285,28 @@ def has_running_averages(module: nn.Module) -> bool:
     return bool(getattr(module, "track_running_stats", False))
 
 
-def _mlp(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Network:
+def _mlp(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Mlp | ConvNet:
     return Mlp((math.prod(shape), *settings.layers, outputs), settings.batch_norm)
 
 
-def _strided(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Network:
+def _strided(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Mlp | ConvNet:
     channels, side, _ = shape
     return ConvNet(channels, side, settings.blocks, settings.filters, outputs, pooled=False)
 
 
-def _pooled(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Network:
+def _pooled(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Mlp | ConvNet:
     channels, side, _ = shape
     return ConvNet(channels, side, settings.blocks, settings.filters, outputs, pooled=True)
 
 
-BUILDERS: Mapping[str, Callable[[NetworkSettings, tuple[int, ...], int], Network]] = {
+BUILDERS: Mapping[str, Callable[[NetworkSettings, tuple[int, ...], int], Mlp | ConvNet]] = {
     "mlp": _mlp,
     "strided-conv": _strided,
     "pooled-conv": _pooled,
 }
 
 
-def parameter_count(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> int:
-    """Return how many numbers a network's parameters are, without making them."""
-    network = make_network(settings, shape, outputs)
-    if isinstance(network, Mlp):
-        widths = network.sizes
-        normalised = sum(widths[1:-1]) if network.batch_norm else 0
-        return sum((i + 1) * o for i, o in itertools.pairwise(widths)) + normalised
-    assert isinstance(network, ConvNet)
-    filters = network.filters
-    inner = 9 * filters * (network.channels + (network.blocks - 1) * filters)
-    return inner + network.blocks * filters + (network.features + 1) * outputs
-
-
-def make_network(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Network:
+def make_network(settings: NetworkSettings, shape: tuple[int, ...], outputs: int) -> Mlp | ConvNet:
     """Build a network for inputs of a shape.
 
     Raises:

@@ -27,6 +27,13 @@ TaskSampler = Callable[[int, np.random.Generator], tuple[Arrays, Arrays]]
 """Draws M tasks with a generator, and nothing else that is random: support, then query."""
 
 
+DRAWS = (
+    "tasks must draw ((inputs, targets), (inputs, targets)), support and query, with inputs "
+    "(M, S, ...) and targets (M, S) whole numbers of classes or (M, S, Y) values"
+)
+"""What a function must give."""
+
+
 def as_examples(inputs: npt.ArrayLike, targets: npt.ArrayLike, *, classifies: bool) -> Examples:
     """Return arrays as tensors: float32 inputs, int64 classes or float32 values."""
     given = np.asarray(targets)
@@ -70,6 +77,11 @@ class OwnTasks(Problem):
         """Examples to adapt to."""
         return self.support
 
+    @property
+    def training_query(self) -> int:
+        """As the function decides."""
+        return self.support
+
     @classmethod
     def of(cls, sampler: TaskSampler, outputs: int | None) -> OwnTasks:
         """Look at one task that a function draws.
@@ -81,26 +93,38 @@ class OwnTasks(Problem):
         Raises:
             InputError: if what it draws is no support and query.
         """
-        (inputs, targets), _ = sampler(64, np.random.default_rng(0))
-        given, wanted = np.asarray(inputs), np.asarray(targets)
-        classes = np.issubdtype(wanted.dtype, np.integer)
-        if given.ndim < 2 or wanted.ndim != (2 if classes else 3):
+        try:
+            support, query = sampler(64, np.random.default_rng(0))
+            (given, wanted), (others, judged) = (map(np.asarray, pair) for pair in (support, query))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{DRAWS}; {error}") from error
+        classes = bool(np.issubdtype(wanted.dtype, np.integer))
+        for x, y in ((given, wanted), (others, judged)):
+            if (
+                x.ndim < 2
+                or y.ndim != (2 if classes else 3)
+                or np.issubdtype(y.dtype, np.integer) != classes
+            ):
+                raise InputError(f"{DRAWS}; got {x.shape} and {y.shape} of {y.dtype}")
+            if x.shape[:2] != y.shape[:2] or len(x) != 64:
+                raise InputError(
+                    f"64 tasks were wanted, got inputs {x.shape} and targets {y.shape}"
+                )
+        if given.shape[2:] != others.shape[2:] or wanted.shape[2:] != judged.shape[2:]:
             raise InputError(
-                "tasks must draw ((inputs, targets), (inputs, targets)), support and query, with "
-                "inputs (M, S, ...) and targets (M, S) whole numbers of classes or (M, S, Y) "
-                f"values; got {given.shape} and {wanted.shape} of {wanted.dtype}"
-            )
-        if given.shape[:2] != wanted.shape[:2] or len(given) != 64:
-            raise InputError(
-                f"64 tasks were wanted, got inputs {given.shape} and targets {wanted.shape}"
+                f"support and query must be of one shape, got inputs {given.shape} and "
+                f"{others.shape}, targets {wanted.shape} and {judged.shape}"
             )
         if outputs is not None and not classes:
             raise InputError(f"targets of {wanted.dtype} are values to regress to, not classes")
-        many = outputs or (int(wanted.max()) + 1 if classes else wanted.shape[2])
-        support = given.shape[1] // many if classes else given.shape[1]
-        return cls(
-            inputs=given.shape[2:], targets=many, support=max(1, support), classes=bool(classes)
-        )
+        numbers = np.concatenate([wanted.reshape(-1), judged.reshape(-1)])
+        many = outputs or (int(numbers.max()) + 1 if classes else wanted.shape[2])
+        if classes and not 0 <= numbers.min() <= numbers.max() < many:
+            raise InputError(
+                f"classes must be from 0 to {many - 1}, got {numbers.min()} to {numbers.max()}"
+            )
+        shots = given.shape[1] // many if classes else given.shape[1]
+        return cls(inputs=given.shape[2:], targets=many, support=max(1, shots), classes=classes)
 
     def open(self, say: Callable[[str], None] = silent) -> TaskSource:
         """Refuse: a run folder holds no code."""

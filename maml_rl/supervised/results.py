@@ -185,8 +185,10 @@ def tables_of(outcomes: Sequence[Outcome]) -> list[Table]:
         # Words leave no room for more than two columns beside them.
         wide = len(names) > 2
         table.add_column("steps" if wide else "", justify="right" if wide else "left")
-        for name in names:
-            table.add_column(name, justify="right", overflow="fold")
+        for number, name in enumerate(names):
+            # As wide as a score with its interval, where there is one.
+            width = 13 if number < len(some) else None
+            table.add_column(name, justify="right", overflow="fold", min_width=width)
         for step in range(max(len(one.scores) for one in some)):
             ours = [
                 (one.means[step], one.half_widths[step]) if step < len(one.scores) else None

@@ -78,6 +78,11 @@ class Sinusoid(Problem):
         """y."""
         return 1
 
+    @property
+    def training_query(self) -> int:
+        """Points to judge by."""
+        return self.query
+
     def open(self, say: Callable[[str], None] = lambda _: None) -> Sinusoids:
         """Return what draws curves."""
         return Sinusoids(self)

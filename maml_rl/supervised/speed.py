@@ -19,12 +19,12 @@ from maml_rl.adapt import Params, flatten
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.figure import GIGABYTE, Figure
 from maml_rl.seeds import TRAINING
-from maml_rl.supervised.config import SupervisedExperiment, load_experiment
+from maml_rl.supervised.config import SupervisedExperiment, load_experiment, network_of
 from maml_rl.supervised.learner import Learner
-from maml_rl.supervised.networks import EPSILON, make_network
+from maml_rl.supervised.networks import EPSILON
 from maml_rl.supervised.recorded import Recorded
 from maml_rl.supervised.tasks import Batch, Examples, Problem, task_generator
-from maml_rl.supervised.train import Adam, chunk_size
+from maml_rl.supervised.trainer import Adam, chunk_size
 
 REPEATS = 5
 
@@ -42,8 +42,9 @@ class Setup:
         """Set up a shipped experiment."""
         experiment = load_experiment(name, **overrides)
         problem = experiment.data
-        network = make_network(experiment.network, problem.input_shape, problem.outputs)
-        learner = Learner(network, experiment.adaptation, problem.classifies, problem.shots)
+        learner = Learner(
+            network_of(experiment), experiment.adaptation, problem.classifies, problem.shots
+        )
         return cls(experiment, learner, learner.initial_parameters(0))
 
     def chunks(self, threads: int) -> Chunks:

@@ -105,6 +105,11 @@ class Problem:
         """Support examples K: of each class, where there are classes."""
         raise NotImplementedError
 
+    @property
+    def training_query(self) -> int:
+        """Query examples in training: of each class, where there are classes."""
+        raise NotImplementedError
+
     def open(self, say: Callable[[str], None] = silent) -> TaskSource:
         """Return what draws tasks.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import vmap
 
 from maml_rl.adapt import Params, broadcast
@@ -25,12 +25,13 @@ from maml_rl.supervised.config import (
     experiment_from,
     load_experiment,
     made_for,
+    network_of,
 )
 from maml_rl.supervised.learner import Learner
-from maml_rl.supervised.networks import Network, OwnNetwork, make_network
-from maml_rl.supervised.own import OwnSource, TaskSampler, as_examples
-from maml_rl.supervised.tasks import Examples, Problem, TaskSource, floats, silent
-from maml_rl.trained import check_device, differing, shapes_of, to_device
+from maml_rl.supervised.networks import Network, OwnNetwork
+from maml_rl.supervised.own import OwnSource, OwnTasks, TaskSampler, as_examples
+from maml_rl.supervised.tasks import Batch, Examples, Problem, TaskSource, floats, silent
+from maml_rl.trained import check_device, describe, differing, from_config, to_device
 from maml_rl.versions import differences
 
 NO_MATTER = re.compile(r"iterations|threads|device|record_every|data\.root|data\.cache")
@@ -49,15 +50,31 @@ def measure_name(problem: Problem) -> str:
 class AdaptedNetwork:
     """A network after gradient steps on one task's examples."""
 
-    network: Network
+    learner: Learner
     params: Params
+    """(...), of this task alone."""
+    support: Examples
+    """(1, S, ...): what it was adapted to."""
 
     def __call__(self, inputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return outputs (S, Y) for inputs (S, ...): values, or a score for each class."""
-        device = next(iter(self.params.values())).device
+        """Return outputs (Q, Y) for inputs (Q, ...): values, or a score for each class.
+
+        Batch normalisation goes by the statistics that the network was trained with: those of
+        these inputs, or where `transductive` is False of what it was adapted to.
+
+        Raises:
+            ValueError: for inputs of another shape than those adapted to.
+        """
+        given, shape = floats(inputs), self.support.inputs.shape[2:]
+        if given.shape[1:] != shape:
+            raise ValueError(f"inputs must be (Q, {', '.join(map(str, shape))}), got {given.shape}")
+        query = Examples(given[None].to(self.support.inputs.device), self.support.targets)
+        params = {name: p[None] for name, p in self.params.items()}
+        transductive = self.learner.settings.transductive
         with torch.no_grad():
-            outputs = self.network(self.params, floats(inputs).to(device))
-        result: npt.NDArray[np.float32] = outputs.cpu().numpy()
+            batch = Batch(self.support, query)
+            outputs = self.learner.predict(params, batch, transductive=transductive)
+        result: npt.NDArray[np.float32] = outputs[0].cpu().numpy()
         return result
 
 
@@ -82,22 +99,45 @@ class LearnedNetwork:
             steps: gradient steps; by default as many as in training.
 
         Raises:
-            ValueError: for negative steps, or if inputs and targets are not equally many.
+            ValueError: for negative steps, or what is no input or target of the problem.
         """
         inner = self.experiment.adaptation.inner_steps
         count = inner if steps is None else steps
         if count < 0:
             raise ValueError(f"steps must be at least 0, got {count}")
         given = as_examples(inputs, targets, classifies=self.learner.classifies)
+        problem = self.experiment.data
         if len(given.inputs) != len(given.targets):
             raise ValueError(
                 f"{len(given.inputs)} inputs and {len(given.targets)} targets were given"
             )
+        if given.inputs.shape[1:] != problem.input_shape:
+            raise ValueError(
+                f"an input must be of shape {problem.input_shape}, got "
+                f"{tuple(given.inputs.shape[1:])}"
+            )
+        wrong = outside(given.targets, problem)
+        if wrong:
+            raise ValueError(wrong)
         one = Examples(given.inputs[None], given.targets[None]).to(self.experiment.device)
-        *_, params = self.learner.along(self.meta, one, count)
-        return AdaptedNetwork(
-            self.learner.network, {name: p[0].detach().clone() for name, p in params.items()}
-        )
+        learner = self.learner
+        if learner.classifies:
+            # Of each class as many as there are on average.
+            learner = replace(learner, shots=max(1, len(given.targets) // problem.outputs))
+        *_, params = learner.along(self.meta, one, count)
+        own = {name: p[0].detach().clone() for name, p in params.items()}
+        return AdaptedNetwork(learner, own, one)
+
+
+def outside(targets: Tensor, problem: Problem) -> str:
+    """Return what is wrong with targets (..., S) or (..., S, Y) of a problem, "" if nothing is."""
+    if problem.classifies:
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= problem.outputs:
+            return f"classes must be from 0 to {problem.outputs - 1}, got {low} to {high}"
+    elif targets.shape[-1] != problem.outputs:
+        return f"a target must be {problem.outputs} numbers, got {targets.shape[-1]}"
+    return ""
 
 
 def new_network(
@@ -123,13 +163,7 @@ def new_network(
     source: TaskSource = (
         problem.open(say) if tasks is None else OwnSource(tasks, classifies=problem.classifies)
     )
-    try:
-        if network is None:
-            made = make_network(experiment.network, problem.input_shape, problem.outputs)
-        else:
-            made = OwnNetwork(network)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    made: Network = network_of(experiment) if network is None else own_network(network)
     if made.normalises and network is not None and not settings.transductive:
         raise InputError(
             "adaptation.transductive False needs a network of this package: a module of your own "
@@ -139,6 +173,18 @@ def new_network(
     meta = to_device(learner.initial_parameters(experiment.seed), experiment.device)
     check_outputs(learner, meta, problem)
     return LearnedNetwork(experiment, learner, source, meta)
+
+
+def own_network(module: nn.Module) -> OwnNetwork:
+    """Wrap a module of the user's own.
+
+    Raises:
+        InputError: if it cannot be learned.
+    """
+    try:
+        return OwnNetwork(module)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_outputs(learner: Learner, meta: Params, problem: Problem) -> None:
@@ -194,8 +240,14 @@ def experiment_of(folder: RunFolder, root: str | None = None) -> SupervisedExper
     Raises:
         InputError: if its config.yaml is damaged, or there are no images in it.
     """
-    changed: dict[str, object] = {} if root is None else {"data__root": root}
-    return load_experiment(folder.config, **changed)
+    experiment = from_config(folder, load_experiment)
+    if root is None:
+        return experiment
+    if not hasattr(experiment.data, "root"):
+        raise InputError(
+            f"{folder.path} learns {experiment.data.name}, which has no images to find"
+        )
+    return replace(experiment, data=replace(experiment.data, **{"root": root}))
 
 
 def restore(
@@ -226,12 +278,21 @@ def restore(
 
 def changes(found: Checkpoint, experiment: SupervisedExperiment[Problem]) -> str:
     """Return the settings that a checkpoint was not made with, "" if none; a total may grow."""
-    source = str(found.path)
     try:
-        made_with = experiment_from(parse_yaml(found.origin.config, source), source)
+        before = made_with(found)
     except InputError as error:
         return str(error)
-    return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
+    return differing(as_tree(before), as_tree(experiment), NO_MATTER)
+
+
+def made_with(found: Checkpoint) -> SupervisedExperiment[Problem]:
+    """Return the experiment that a checkpoint was made by.
+
+    Raises:
+        InputError: if its settings are none that are known here.
+    """
+    source = str(found.path)
+    return experiment_from(parse_yaml(found.origin.config, source), source)
 
 
 def parameters_for(found: Checkpoint, fresh: LearnedNetwork) -> Params:
@@ -243,10 +304,11 @@ def parameters_for(found: Checkpoint, fresh: LearnedNetwork) -> Params:
     theirs = describe(found.origin.made_for, found.theta)
     ours = describe(made_for(fresh.experiment.data), fresh.meta)
     if theirs != ours:
+        own = OwnTasks.name in (found.origin.made_for.get("problem"), fresh.experiment.data.name)
+        hint = "\n(a network of your own wants network=)" if own else ""
         raise InputError(
             f"checkpoint {found.path} is of another problem or network\n"
-            f"  checkpoint: {theirs}\n  expected:   {ours}\n"
-            "(a network of your own wants network=, and tasks of your own tasks=)"
+            f"  checkpoint: {theirs}\n  expected:   {ours}" + hint
         )
     matters = {n: v for n, v in found.origin.versions.items() if n in MATTERS}
     if changed := differences(matters):
@@ -257,8 +319,3 @@ def parameters_for(found: Checkpoint, fresh: LearnedNetwork) -> Params:
             stacklevel=3,
         )
     return to_device(found.theta, fresh.experiment.device)
-
-
-def describe(made_for: Mapping[str, str | int], theta: Params) -> str:
-    """Return in a line what a network is for and the shapes of its parameters."""
-    return ", ".join(f"{k} {v}" for k, v in made_for.items()) + f"; {shapes_of(theta)}"
