@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -22,38 +22,49 @@ def show_families(console: Console) -> None:
     """Print every family with its tasks, measures and settings."""
     for name, cls in envs.FAMILIES.items():
         family = envs.make(name)
-        first = (cls.__doc__ or "").splitlines()[0]
-        console.print(f"\n{name}", style="bold", highlight=False)
-        console.print(f"  {first}", highlight=False, soft_wrap=True)
-        for title, columns in (("task", family.task_columns), ("measured", family.measure_columns)):
-            text = "; ".join(f"{c.name} ({c.unit}): {c.meaning}" for c in columns)
-            console.print(f"  {title}: {text}", highlight=False, soft_wrap=True, markup=False)
-        table = Table(box=None, pad_edge=False, show_header=True)
-        for heading in ("  field", "default", "meaning and unit"):
-            table.add_column(heading)
-        meanings = field_meanings(cls)
-        for item in dataclasses.fields(family):
-            value = getattr(family, item.name)
-            alternatives = other_protocols(family, item.name, value)
-            table.add_row(f"  {item.name}", f"{value}{alternatives}", meanings.get(item.name, ""))
-        console.print(table)
+        told = [
+            f"{title}: " + "; ".join(f"{c.name} ({c.unit}): {c.meaning}" for c in columns)
+            for title, columns in (
+                ("task", family.task_columns),
+                ("measured", family.measure_columns),
+            )
+        ]
+        values = {item.name: getattr(family, item.name) for item in dataclasses.fields(family)}
+        defaults = {n: f"{v}{other_protocols(family, n, v)}" for n, v in values.items()}
+        show_class(console, name, cls, told, defaults)
 
 
 def show_problems(console: Console) -> None:
     """Print every supervised problem with its settings."""
     for name, cls in PROBLEMS.items():
-        console.print(f"\n{name}", style="bold", highlight=False)
-        first = (cls.__doc__ or "").splitlines()[0]
-        console.print(f"  {first}", highlight=False, soft_wrap=True, markup=False)
-        table = Table(box=None, pad_edge=False, show_header=True)
-        for heading in ("  field", "default", "meaning and unit"):
-            table.add_column(heading)
-        meanings = field_meanings(cls)
-        for item in dataclasses.fields(cls):
-            needed = item.default is dataclasses.MISSING
-            value = "" if needed else str(item.default) or '""'
-            table.add_row(f"  {item.name}", value, meanings.get(item.name, ""))
-        console.print(table)
+        problem = cls()
+        values = {item.name: getattr(problem, item.name) for item in dataclasses.fields(problem)}
+        defaults = {n: str(v) if v != "" else '""' for n, v in values.items()}
+        show_class(console, name, cls, [], defaults)
+
+
+def show_class(
+    console: Console, name: str, cls: type, told: Sequence[str], defaults: Mapping[str, str]
+) -> None:
+    """Print a family or a problem.
+
+    Args:
+        console: where to.
+        name: of it.
+        cls: its class; the first line of its docstring, and those of its fields, are shown.
+        told: lines about it.
+        defaults: each field's, in words.
+    """
+    console.print(f"\n{name}", style="bold", highlight=False)
+    for line in ((cls.__doc__ or "").splitlines()[0], *told):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False, show_header=True)
+    for heading in ("  field", "default", "meaning and unit"):
+        table.add_column(heading)
+    meanings = field_meanings(cls)
+    for field, default in defaults.items():
+        table.add_row(f"  {field}", default, meanings.get(field, ""))
+    console.print(table)
 
 
 def show_experiments(console: Console) -> None:

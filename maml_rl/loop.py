@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import State
-from maml_rl.errors import RunStopped
+from maml_rl.errors import InputError, RunStopped
 from maml_rl.runs import Row, RunFolder
 from maml_rl.signals import stop_requests
 
@@ -50,6 +52,31 @@ class Trainer(Protocol):
 
     def advice(self, row: Row) -> str:
         """Return what to try where updates are refused."""
+
+
+def state_to_go_on(
+    state: State, *, max_refused: int, iterations: int | None, run: str | Path
+) -> State:
+    """Return the state that a run is resumed in.
+
+    Args:
+        state: of its checkpoint.
+        max_refused: updates refused in a row after which it ends.
+        iterations: a new total, if one is given.
+        run: its folder, for messages.
+
+    Raises:
+        InputError: if more iterations are done already.
+    """
+    if iterations is not None and iterations < state.iteration:
+        raise InputError(
+            f"{run} has done {state.iteration} iterations; --iterations is the new total and "
+            f"must be at least that, got {iterations}"
+        )
+    if state.refused_in_a_row >= max_refused:
+        # The run had ended for it; whoever resumes it wants it to be tried anew.
+        return replace(state, refused_in_a_row=0)
+    return state
 
 
 def run_iterations(trainer: Trainer, folder: RunFolder | None, watch: Watcher | None) -> None:

@@ -20,8 +20,8 @@ from maml_rl.checkpoints import FRESH, State
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.config import Experiment, origin_of
 from maml_rl.episodes import Episodes
-from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.loop import Watcher, run_iterations
+from maml_rl.errors import RunStopped, RunWarning
+from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
     InnerStepError,
@@ -338,16 +338,10 @@ def resume(
             folder.restore_config()
         experiment = experiment_of(folder)
         policy, found = restore(folder, experiment, mean=mean)
-        state = found.state
-        if state.refused_in_a_row >= experiment.max_refused:
-            # The run had ended for it; whoever resumes it wants it to be tried anew.
-            state = replace(state, refused_in_a_row=0)
+        state = state_to_go_on(
+            found.state, max_refused=experiment.max_refused, iterations=iterations, run=run
+        )
         check_memory(experiment, "sampling")
-        if iterations is not None and iterations < state.iteration:
-            raise InputError(
-                f"{run} has done {state.iteration} iterations; --iterations is the new total and "
-                f"must be at least that, got {iterations}"
-            )
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))
         folder.go_on_from(found, origin_of(policy.experiment))

@@ -13,7 +13,7 @@ from torch import nn
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, Checkpoint, State
 from maml_rl.errors import InputError
-from maml_rl.loop import Watcher, run_iterations
+from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.runs import RunFolder
 from maml_rl.supervised.config import (
     OuterLoopSettings,
@@ -169,11 +169,11 @@ def resume(
         if network is None:
             check_memory(experiment)
         learned, found = restore(folder, experiment, network=network, tasks=tasks, say=say)
-        state = found.state
-        if state.refused_in_a_row >= experiment.max_refused:
-            # The run had ended for it; whoever resumes it wants it to be tried anew.
-            state = replace(state, refused_in_a_row=0)
-        experiment = extended(experiment, iterations, state, run)
+        state = state_to_go_on(
+            found.state, max_refused=experiment.max_refused, iterations=iterations, run=run
+        )
+        if iterations is not None:
+            experiment = replace(experiment, iterations=iterations)
         learned = replace(learned, experiment=experiment)
         folder.go_on_from(found, origin_of(experiment), every=row_length(found, experiment))
     except BaseException:
@@ -201,27 +201,6 @@ def describe(experiment: SupervisedExperiment[Problem]) -> str:
         f"Training {problem.name} ({kind}): {experiment.iterations} iterations of "
         f"{experiment.outer.tasks} tasks, {steps if inner.inner_steps else 'without adaptation'}."
     )
-
-
-def extended(
-    experiment: SupervisedExperiment[Problem],
-    iterations: int | None,
-    state: State,
-    run: str | Path,
-) -> SupervisedExperiment[Problem]:
-    """Return an experiment with a new total of iterations, if one is given.
-
-    Raises:
-        InputError: if more are done already.
-    """
-    if iterations is None:
-        return experiment
-    if iterations < state.iteration:
-        raise InputError(
-            f"{run} has done {state.iteration} iterations; --iterations is the new total and "
-            f"must be at least that, got {iterations}"
-        )
-    return replace(experiment, iterations=iterations)
 
 
 def _finish(
