@@ -33,7 +33,12 @@ from tests.outcomes import outcome
 from tests.tiny import SETTINGS
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
-KEPT = sorted({p.relative_to(RESULTS).parts[0] for p in RESULTS.rglob("evaluation.csv")})
+KEPT = sorted(
+    p.relative_to(RESULTS).parts[0]
+    for p in RESULTS.rglob("evaluation.csv")
+    if p.read_text().startswith("family,")
+)
+"""Folders of runs and benchmarks of policies."""
 TOLD = {"adaptation__inner_steps": 0, "policy__observe_task": True}
 
 

@@ -411,3 +411,15 @@ def test_a_diverged_network_leaves_a_chart_that_can_be_drawn(runs: Path) -> None
     assert chart.y.high < 10
     assert chart.series[0].name == "maml (rises to 1e+27)"
     assert "from 3.000 to 1e+27" in chart.summary
+
+
+@pytest.mark.filterwarnings("ignore::maml_rl.errors.RunWarning")  # of other versions
+def test_the_page_of_a_kept_run_is_light_and_whole(tmp_path: Path) -> None:
+    """Its images are not kept, and its numbers are those of its test."""
+    run_ = Path(__file__).parent.parent / "experiments" / "results" / "drawn_characters-seed0"
+    text = make_report([run_], tmp_path / "page.html", say=silent).read_text()
+    assert len(text) < 500_000
+    check_alone(text)
+    summary = json.loads((run_ / "evaluation" / "summary.json").read_text())
+    last = summary["tests"][0]["gradient_steps"][-1]
+    assert f"{100 * last['mean']:.2f}" in text
