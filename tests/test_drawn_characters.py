@@ -111,3 +111,9 @@ def test_nothing_to_draw_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0$"):
         draw_characters(tmp_path / "new", **{name: 0})
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_call_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "set" / ".partial" / "images_background").mkdir(parents=True)
+    assert draw_characters(tmp_path / "set", characters=2, drawings=1) == 2
+    assert (tmp_path / "set" / "images_background").is_dir()

@@ -60,7 +60,7 @@ def draw_characters(
     Equal seeds give equal files. All of them are there in the end, or none.
 
     Args:
-        folder: new, or empty.
+        folder: new, or empty but for what is hidden.
         characters: how many.
         drawings: of each.
         seed: decides what they look like. A character does not depend on how many there are.
@@ -74,7 +74,8 @@ def draw_characters(
             raise ValueError(f"{name} must be at least 1, got {value}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        # What is hidden may be what a call that was killed has left, and is never read.
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise refusal(f"{folder} is not empty; name a folder that is, or a new one")
         # One entry that is moved into place, so that half a set is never taken for one.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial:
