@@ -213,6 +213,31 @@ def characters() -> str:
     return table(["5 ways, 1 shot", "before", "1 step", "2 steps", "3 steps"], rows)
 
 
+VARIANTS = {
+    "drawn_characters-seed0": "maml",
+    "drawn_characters_variants/meta_sgd-seed0": "`--adaptation.learned-step-sizes True`: Meta-SGD",
+    "drawn_characters_variants/first_order-seed0": "`--adaptation.first-order True`",
+    "drawn_characters_variants/first_order_04-seed0": (
+        "`--adaptation.first-order True --adaptation.step-size .4`"
+    ),
+    "drawn_characters_variants/anil-seed0": "`--adaptation.adapted last-layer`: ANIL",
+    "drawn_characters_variants/anil_04-seed0": (
+        "`--adaptation.adapted last-layer --adaptation.step-size .4`"
+    ),
+}
+"""Runs on drawn characters, by what was added to the command."""
+
+
+def variants() -> str:
+    """Return the accuracy of each variant after one and three steps."""
+    rows = []
+    for folder, name in VARIANTS.items():
+        steps = summary(f"{folder}/evaluation")["tests"][0]["gradient_steps"]
+        cells = [f"{around(steps[step], 100.0, 1)} %" for step in (1, 3)]
+        rows.append([f"[{name}]({folder})", *cells])
+    return table(["run", "1 step", "3 steps"], rows)
+
+
 def supervised_training() -> str:
     """Return what the supervised runs took."""
     rows = []
@@ -231,6 +256,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "training": training,
     "sinusoid": sinusoid,
     "drawn_characters": characters,
+    "drawn_characters variants": variants,
     "supervised training": supervised_training,
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
