@@ -209,8 +209,8 @@ class DataOptions:
     """Print nothing but errors."""
 
 
-MAKERS = ("drawn-characters",)
-"""Data sets that can be made here."""
+MAKERS = {"drawn-characters": draw_characters}
+"""What makes each data set that can be made here."""
 
 
 def data_command(words: Sequence[str], console: Console) -> None:
@@ -224,7 +224,7 @@ def data_command(words: Sequence[str], console: Console) -> None:
     for name, least in (("characters", 1), ("drawings", 1), ("seed", 0)):
         if not least <= getattr(options, name) <= 100_000:
             raise InputError(f"{name} must be from {least} to 100000, got {getattr(options, name)}")
-    count = draw_characters(
+    count = MAKERS[options.name](
         options.folder,
         characters=options.characters,
         drawings=options.drawings,
