@@ -12,6 +12,7 @@ import pytest
 
 from maml_rl.cli import run
 from maml_rl.config import shipped_experiments, shipped_files, shipped_supervised
+from maml_rl.supervised.commands import numbers_that_matter
 from maml_rl.supervised.config import load_experiment
 from tests.tiny import TINY
 from tests.tiny_supervised import CHARACTERS, SINUSOID, flags
@@ -277,3 +278,26 @@ def test_shipped_settings_are_the_papers() -> None:
     assert (sinusoid.network.layers, sinusoid.outer.tasks) == ((40, 40), 25)
     assert (sinusoid.iterations, sinusoid.outer.learning_rate) == (70_000, 1e-3)
     assert sinusoid.evaluation.steps == 10
+
+
+def test_a_rows_words() -> None:
+    """From before adapting to after the last inner step; refused updates are told."""
+    row: dict[str, float | int | str] = {
+        "loss": 0.51234,
+        "accuracy": 0.75,
+        "refused": 0,
+        "refused_because": "",
+    }
+    row |= {f"validation_accuracy_{step}": value for step, value in enumerate((0.2, 0.5, 0.875))}
+    assert numbers_that_matter(row) == (
+        "loss 0.5123, accuracy 75.00 %, validation accuracy 20.00 -> 87.50 %"
+    )
+    alone: dict[str, float | int | str] = {
+        "loss": 2.0,
+        "error": 2.0,
+        "refused": 3,
+        "refused_because": "why",
+    }
+    assert numbers_that_matter(alone | {"validation_error_0": 1.5}) == (
+        "loss 2, validation error 1.500, 3 updates refused: why"
+    )

@@ -92,6 +92,17 @@ def test_what_must_be_in_memory_at_once_is_counted(monkeypatch: pytest.MonkeyPat
         meta_train(sinusoid())
 
 
+def test_a_test_of_more_shots_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 9 in place of 4: 5 numbers more for each of 6 tasks."""
+    taken = 16 * 87 + 4 * (3 * 9 + 5 * 104 + 6 * 109)
+    more = sinusoid(evaluation__shots=[4, 9])
+    monkeypatch.setattr(memory, "physical_memory", lambda: taken)
+    check_memory(more)
+    monkeypatch.setattr(memory, "physical_memory", lambda: taken - 1)
+    with pytest.raises(InputError, match="test tasks of 9 shots"):
+        check_memory(more)
+
+
 @pytest.mark.parametrize(
     ("changed", "lower"),
     [
