@@ -177,7 +177,19 @@ def find_file(name: str, shipped: Mapping[str, Path], what: str) -> Path:
     raise refusal(f"there is no {what} file {name!r}, and none of that name ships: {hint}")
 
 
-FAMILY = Choice("family", list(envs.FAMILIES), envs.family_class)
+def find_family(name: str) -> type[TaskFamily]:
+    """Return the family of that name.
+
+    Raises:
+        InputError: if there is none, or it may not be imported.
+    """
+    try:
+        return envs.family_class(name)
+    except envs.FamilyError as error:
+        raise refusal(str(error)) from error
+
+
+FAMILY = Choice("family", list(envs.FAMILIES), find_family)
 """How an experiment names its task family."""
 
 

@@ -28,7 +28,7 @@ from typing import (
 
 import tyro
 
-from maml_rl.errors import refusal
+from maml_rl.errors import InputError, refusal
 from maml_rl.plain_yaml import LONGEST_VALUE, leaves
 
 C = TypeVar("C")
@@ -248,23 +248,23 @@ class Choice(NamedTuple):
     """Returns the class of a name.
 
     Raises:
-        ValueError: if there is none, naming the nearest.
+        InputError: if there is none, naming the nearest.
     """
 
 
-def split_name(words: Sequence[str], section: str) -> tuple[str | None, list[str]]:
-    """Take --SECTION.name out of command-line words; return it (None if absent) and the rest."""
-    name, rest, i = None, [], 0
+def split_name(words: Sequence[str], choice: Choice) -> tuple[str | None, list[str]]:
+    """Take a choice's --SECTION.name out of words; return it (None if absent) and the rest."""
+    name, rest, i, path = None, [], 0, f"{choice.section}.name"
     while i < len(words):
         word = words[i]
-        if word.startswith("--") and normal_flag(word) == f"{section}.name":
+        if word.startswith("--") and normal_flag(word) == path:
             if "=" in word:
                 name = word.split("=", 1)[1]
             elif i + 1 < len(words):
                 i += 1
                 name = words[i]
             else:
-                raise refusal(f"--{section}.name needs a value")
+                raise refusal(f"--{path} needs a value, such as --{path} {choice.names[-1]}")
         else:
             rest.append(word)
         i += 1
@@ -288,7 +288,7 @@ def chosen_class(
     check_value(path, name, str, source)
     try:
         return choice.find(str(name))
-    except ValueError as error:
+    except InputError as error:
         raise refusal(f"{path}: {error}") from error
 
 
@@ -314,7 +314,7 @@ def words_of(
     Raises:
         InputError: for an unknown name or key, a value of the wrong type or a missing one.
     """
-    override, rest = split_name(flags, choice.section)
+    override, rest = split_name(flags, choice)
     chosen, path = chosen_class(choice, tree, override, source), f"{choice.section}.name"
     settings = dict(settings_of(experiment, chosen)) | {path: Setting(str, False)}
     in_file = checked_settings(settings, tree, source, rest, ignored=ignored)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from maml_rl.config import family_name
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import Evaluation
 from maml_rl.results import SUMMARY, TABLE, long_form
+
+Test = TypeVar("Test")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,34 @@ def read_outcomes(folder: Path, family: TaskFamily) -> list[Outcome]:
     Raises:
         InputError: if it cannot be read, is damaged, or of another family.
     """
-    path = folder / TABLE
+    return whole_tests(
+        folder / TABLE,
+        ("method", "variant", "step_size", "tasks", "seed"),
+        lambda rows: outcome_from(rows, family),
+        lambda outcomes: long_form(outcomes, family),
+    )
+
+
+def whole_tests(
+    path: Path,
+    test: Sequence[str],
+    build: Callable[[Sequence[Mapping[str, str]]], Test],
+    written: Callable[[Sequence[Test]], Iterable[Mapping[str, object]]],
+    *,
+    ignored: str = "",
+) -> list[Test]:
+    """Read the tests that an evaluation.csv holds, each of whose rows is there and in order.
+
+    Args:
+        path: the file.
+        test: columns whose values tell one test from another.
+        build: makes a test of its rows.
+        written: makes rows of all tests again, which must be those of the file.
+        ignored: a column in which they may differ.
+
+    Raises:
+        InputError: if it cannot be read or is damaged.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))
@@ -104,12 +134,13 @@ def read_outcomes(folder: Path, family: TaskFamily) -> list[Outcome]:
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError("a row has other columns than the first")
-            key = tuple(row[name] for name in ("method", "variant", "step_size", "tasks", "seed"))
-            groups.setdefault(key, []).append(row)
-        outcomes = [outcome_from(group, family) for group in groups.values()]
+            groups.setdefault(tuple(row[name] for name in test), []).append(row)
+        outcomes = [build(group) for group in groups.values()]
         if not outcomes:
             raise ValueError("it has no rows")
-        wanted = [{k: str(v) for k, v in row.items()} for row in long_form(outcomes, family)]
+        wanted = [{k: str(v) for k, v in row.items()} for row in written(outcomes)]
+        for row in (*wanted, *rows) if ignored else ():
+            del row[ignored]
     except OSError as error:
         raise refusal(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, csv.Error) as error:

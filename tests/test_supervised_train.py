@@ -286,8 +286,7 @@ def test_validation_tasks_are_the_same_for_every_seed(tmp_path: Path) -> None:
     root = tmp_path / "set"
     less = {"adaptation__transductive": False, "adaptation__step_size": 0.4}
     trainer = trainer_of(characters(root, evaluation__validation_tasks=30, **less))
-    row: dict[str, float | int | str] = {"accuracy": 0.0}
-    trainer._validate(row)
+    row = trainer._validation()
     assert trainer.validation is not None
     expected, _ = trainer.learner.test(
         trainer.theta, trainer.validation, 1, trainer.chunks, transductive=False

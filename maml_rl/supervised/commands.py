@@ -192,7 +192,7 @@ def finish(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class MakeOptions:
     """Make a data set."""
 
     name: tyro.conf.Positional[str]
@@ -215,7 +215,7 @@ MAKERS = {"drawn-characters": draw_characters}
 
 def data_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl data`."""
-    options = parse_options(DataOptions, words, "maml-rl data")
+    options = parse_options(MakeOptions, words, "maml-rl data")
     if options.name not in MAKERS:
         raise refusal(
             f"there is no data set {options.name!r} that can be made: there is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import numpy as np
 
 from maml_rl.errors import refusal
 from maml_rl.results import SUMMARY, TABLE
-from maml_rl.stored import damaged, has_results
+from maml_rl.stored import damaged, has_results, whole_tests
 from maml_rl.supervised.config import TestSettings
 from maml_rl.supervised.evaluate import Outcome, Subject
 from maml_rl.supervised.results import long_form
@@ -81,28 +80,14 @@ def read_outcomes(path: Path, subject: Subject, settings: TestSettings) -> list[
     Raises:
         InputError: if it cannot be read or is damaged.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
-        for row in rows:
-            if None in row or None in row.values():
-                raise ValueError("a row has other columns than the first")
-            key = tuple(row[name] for name in ("shots", "batch_norm", "step_size"))
-            groups.setdefault(key, []).append(row)
-        outcomes = [outcome_from(group, subject) for group in groups.values()]
-        if not outcomes:
-            raise ValueError("it has no rows")
-        wanted = [{k: str(v) for k, v in row.items()} for row in long_form(outcomes)]
+    outcomes = whole_tests(
+        path,
+        ("shots", "batch_norm", "step_size"),
+        lambda rows: outcome_from(rows, subject),
+        long_form,
         # A run folder may be called otherwise by now.
-        for row in (*wanted, *rows):
-            del row["run"]
-    except OSError as error:
-        raise refusal(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise damaged(path, error) from error
-    if wanted != rows:
-        raise damaged(path, "its rows are not those of whole tests")
+        ignored="run",
+    )
     shots = settings.shots or (subject.experiment.data.shots,)
     whole = all(one.scores.shape[1] == settings.tasks for one in outcomes)
     return outcomes if whole and {one.shots for one in outcomes} == set(shots) else None

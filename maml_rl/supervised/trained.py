@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,12 +38,11 @@ NO_MATTER = re.compile(r"iterations|threads|device|record_every|data\.root|data\
 """Settings that a run may be resumed with others of."""
 MATTERS = ("torch", "numpy", "maml-rl")
 """Packages that a supervised run's numbers depend on."""
-SHOWN: Mapping[bool, str] = {True: "accuracy", False: "error"}
 
 
 def measure_name(problem: Problem) -> str:
     """Return what a problem's tasks are scored by: accuracy, or the mean squared error."""
-    return SHOWN[problem.classifies]
+    return "accuracy" if problem.classifies else "error"
 
 
 @dataclass(frozen=True)

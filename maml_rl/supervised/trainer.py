@@ -210,10 +210,15 @@ class SupervisedTrainer:
             "refused_because": NOT_FINITE if tally.refused else "",
         }
         began = time.perf_counter()
-        score = self._validate(row)
+        validation = self._validation()
+        row |= validation
+        # The last is that after as many steps as are trained with.
+        score = list(validation.values())[-1] if validation else mean(tally.scores)
         row["seconds_sampling"] = round(tally.sampling, 4)
         row["seconds_updating"] = round(tally.updating, 4)
         row["seconds_validating"] = round(time.perf_counter() - began, 4)
+        if not self.learner.classifies:
+            score = -score
         self._advance(begin + done, int(row["tasks"]), score, tally.refused_in_a_row)
         return row
 
@@ -250,24 +255,25 @@ class SupervisedTrainer:
         self.adam.step(found.gradient)
         return norm
 
-    def _validate(self, row: dict[str, float | int | str]) -> float:
-        """Add scores on validation tasks to a row; return what the best checkpoint is chosen by."""
-        measure, inner = measure_name(self.experiment.data), self.experiment.adaptation.inner_steps
-        score = float(row[measure])
-        if self.validation is not None:
-            with memory_to("validate", "evaluation.validation_tasks or evaluation.query"):
-                scores, _ = self.learner.test(
-                    self.theta,
-                    self.validation,
-                    inner,
-                    self.chunks,
-                    transductive=self.experiment.adaptation.transductive,
-                )
-            tested = scores.mean(1)
-            for step, value in enumerate(tested.tolist()):
-                row[f"validation_{measure}_{step}"] = value
-            score = float(tested[-1])
-        return score if self.learner.classifies else -score
+    def _validation(self) -> dict[str, float]:
+        """Return the scores of the validation tasks after 0, 1, ... inner steps, by their column.
+
+        Nothing where there are no such tasks.
+        """
+        if self.validation is None:
+            return {}
+        inner = self.experiment.adaptation
+        with memory_to("validate", "evaluation.validation_tasks or evaluation.query"):
+            scores, _ = self.learner.test(
+                self.theta,
+                self.validation,
+                inner.inner_steps,
+                self.chunks,
+                transductive=inner.transductive,
+            )
+        measure = measure_name(self.experiment.data)
+        means = enumerate(scores.mean(1).tolist())
+        return {f"validation_{measure}_{step}": value for step, value in means}
 
     def _advance(self, iteration: int, tasks: int, score: float, refused: int) -> None:
         now = replace(self.state, iteration=iteration, env_steps=tasks, refused_in_a_row=refused)
