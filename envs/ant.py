@@ -22,7 +22,7 @@ from envs.locomotion import (
     add_sensors,
     load_asset,
 )
-from envs.physics import CpuPhysics
+from envs.physics import Physics
 
 Contact = Literal["soft", "file"]
 
@@ -30,18 +30,18 @@ POSITION_JOINTS = tuple(f"{j}_{i}" for i in (1, 2, 3, 4) for j in ("hip", "ankle
 MOTORS = tuple(f"{j}_{i}" for i in (4, 1, 2, 3) for j in ("hip", "ankle"))
 
 
-def paper_observation(physics: CpuPhysics) -> Tensor:
+def paper_observation(physics: Physics) -> Tensor:
     """qpos, qvel, the torso's rotation matrix row by row, centre of mass: (N, 41)."""
     rotation = torch.stack([physics.sensor(axis) for axis in AXES], 2).flatten(1)
     return torch.cat([physics.qpos, physics.qvel, rotation, physics.sensor(CENTER_OF_MASS)], 1)
 
 
-def gymnasium_observation(physics: CpuPhysics) -> Tensor:
+def gymnasium_observation(physics: Physics) -> Tensor:
     """qpos without x and y, qvel: (N, 27), the first 27 of Gymnasium's Ant-v5."""
     return torch.cat([physics.qpos[:, 2:], physics.qvel], 1)
 
 
-OBSERVATIONS: Mapping[str, Callable[[CpuPhysics], Tensor]] = {
+OBSERVATIONS: Mapping[str, Callable[[Physics], Tensor]] = {
     "paper": paper_observation,
     "gymnasium": gymnasium_observation,
 }
@@ -200,11 +200,11 @@ class Ant(LocomotionFamily):
         """Return the chosen start pose (15,)."""
         return START_POSES[decided(self.start_pose)](model)
 
-    def observe(self, physics: CpuPhysics) -> Tensor:
-        """Return observations (N, O) float64."""
+    def observe(self, physics: Physics) -> Tensor:
+        """Return observations (N, O), in the physics' type."""
         return OBSERVATIONS[decided(self.observation)](physics)
 
-    def terminated(self, physics: CpuPhysics) -> Tensor:
+    def terminated(self, physics: Physics) -> Tensor:
         """Return (N,) bool: the torso left its range of heights, or the state is not finite."""
         height = physics.qpos[:, 2]
         finite = torch.isfinite(physics.qpos).all(1) & torch.isfinite(physics.qvel).all(1)

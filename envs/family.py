@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,37 @@ def check_choice(owner: str, name: str, value: str, choices: Iterable[str]) -> N
         raise FamilyError(f"{owner}: {name} must be one of {', '.join(known)}, got {value!r}{hint}")
 
 
+class Draws(Protocol):
+    """A stream of random numbers for each of N episodes, on a device: (N, size) at a time."""
+
+    def normal(self, size: int) -> Tensor:
+        """Draw the next standard normal numbers of every stream, (N, size) float32."""
+
+    def uniform(self, size: int) -> Tensor:
+        """Draw the next numbers of every stream that are uniform in (0, 1), (N, size) float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarpSettings:
+    """Physics on a GPU: read only with `physics: warp`."""
+
+    njmax: int = 0
+    """Constraint rows that a world has room for (contacts and joint limits); 0: as many as the
+    model can have."""
+    nconmax: int = 0
+    """Contacts that a world has room for, on average over all; 0: likewise."""
+    deterministic: bool = True
+    """Whether the same episodes come out bit for bit every time; without it physics may be faster,
+    and sums are added in whatever order the GPU comes to them."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("njmax", "nconmax"):
+            value = getattr(self, name)
+            if not 0 <= value <= 100_000:
+                raise ValueError(f"warp.{name} must be between 0 and 100000, got {value}")
+
+
 class Worlds(ABC):
     """N worlds of one family, each with a task; stepped together or some of them.
 
@@ -104,6 +135,8 @@ class Worlds(ABC):
 
     count: int
     """N."""
+    device: torch.device = torch.device("cpu")
+    """Where tensors given to the worlds must be, and where theirs are."""
 
     @abstractmethod
     def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
@@ -111,7 +144,8 @@ class Worlds(ABC):
 
         Args:
             tasks: (N, P) float32, rows outside `where` ignored.
-            starts: (N, S) rows made by the family's `draw_start`, likewise.
+            starts: (N, S) rows made by the family's `draw_start`, likewise; for worlds made by
+                `make_device_worlds`, a tensor made by `draw_starts`.
             where: which worlds.
         """
 
@@ -122,6 +156,18 @@ class Worlds(ABC):
     def state(self, world: int) -> Mapping[str, Floats]:
         """Return what the simulator holds of one world, by name, for reports; may be empty."""
         return {}
+
+    def trouble(self) -> str:
+        """Return what the physics had no room for since this was last asked; empty if nothing."""
+        return ""
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does what `body` does, in one launch where the device can.
+
+        `body` steps these worlds and works on tensors of their device, always the same ones; it may
+        be run before this returns.
+        """
+        return body
 
     def close(self) -> None:
         """Release what the worlds hold."""
@@ -283,6 +329,21 @@ class TaskFamily(ABC):
     @abstractmethod
     def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
         """Make `count` worlds on `threads` threads (0: one a core), with no task yet."""
+
+    def draw_starts(self, draws: Draws) -> Tensor:
+        """Draw what `draw_start` does for N episodes at once, on a device, (N, S) float32."""
+        raise FamilyError(f"{self.name} is simulated on the CPU only: use physics cpu")
+
+    def make_device_worlds(
+        self, count: int, *, device: str | torch.device, settings: WarpSettings
+    ) -> Worlds:
+        """Make `count` worlds that are simulated on a device, where their tensors stay.
+
+        Raises:
+            FamilyError: if the family has no such worlds.
+            ImportError: if the simulator for it is not installed; the message says how to.
+        """
+        raise FamilyError(f"{self.name} is simulated on the CPU only: use physics cpu")
 
 
 def as_mask(where: Tensor | None, count: int) -> Tensor:

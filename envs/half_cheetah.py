@@ -21,22 +21,22 @@ from envs.locomotion import (
     add_sensors,
     load_asset,
 )
-from envs.physics import CpuPhysics
+from envs.physics import Physics
 
 JOINTS = ("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot")
 
 
-def paper_observation(physics: CpuPhysics) -> Tensor:
+def paper_observation(physics: Physics) -> Tensor:
     """qpos without x, qvel, centre of mass: (N, 20)."""
     return torch.cat([physics.qpos[:, 1:], physics.qvel, physics.sensor(CENTER_OF_MASS)], 1)
 
 
-def gymnasium_observation(physics: CpuPhysics) -> Tensor:
+def gymnasium_observation(physics: Physics) -> Tensor:
     """qpos without x, qvel: (N, 17), Gymnasium's HalfCheetah-v5."""
     return torch.cat([physics.qpos[:, 1:], physics.qvel], 1)
 
 
-OBSERVATIONS: Mapping[str, Callable[[CpuPhysics], Tensor]] = {
+OBSERVATIONS: Mapping[str, Callable[[Physics], Tensor]] = {
     "paper": paper_observation,
     "gymnasium": gymnasium_observation,
 }
@@ -139,8 +139,8 @@ class HalfCheetah(LocomotionFamily):
         """Return the model's own qpos0 under either protocol."""
         return np.array(model.qpos0)
 
-    def observe(self, physics: CpuPhysics) -> Tensor:
-        """Return observations (N, O) float64."""
+    def observe(self, physics: Physics) -> Tensor:
+        """Return observations (N, O), in the physics' type."""
         return OBSERVATIONS[decided(self.observation)](physics)
 
 

@@ -22,17 +22,19 @@ from torch import Tensor
 from envs.family import (
     LARGEST,
     Column,
+    Draws,
     FamilyError,
     Floats,
     TaskFamily,
     Transition,
+    WarpSettings,
     Worlds,
     check_choice,
     check_count,
     check_range,
     decided,
 )
-from envs.physics import CpuPhysics
+from envs.physics import CpuPhysics, Physics
 
 Protocol = Literal["paper", "gymnasium"]
 VelocityOf = Literal["center-of-mass", "root"]
@@ -72,17 +74,17 @@ def add_sensors(spec: mujoco.MjSpec, names: tuple[str, ...]) -> None:
         )
 
 
-def velocity_of_center_of_mass(physics: CpuPhysics, x_before: Tensor, seconds: float) -> Tensor:
+def velocity_of_center_of_mass(physics: Physics, x_before: Tensor, seconds: float) -> Tensor:
     """Return the x velocity of the whole body's centre of mass at the present state, (N,)."""
     return physics.sensor(CENTER_OF_MASS_VELOCITY)[:, 0]
 
 
-def velocity_of_root(physics: CpuPhysics, x_before: Tensor, seconds: float) -> Tensor:
+def velocity_of_root(physics: Physics, x_before: Tensor, seconds: float) -> Tensor:
     """Return the root's mean x velocity over the control step, (N,)."""
     return (physics.qpos[:, 0] - x_before) / seconds
 
 
-VELOCITIES: Mapping[str, Callable[[CpuPhysics, Tensor, float], Tensor]] = {
+VELOCITIES: Mapping[str, Callable[[Physics, Tensor, float], Tensor]] = {
     "center-of-mass": velocity_of_center_of_mass,
     "root": velocity_of_root,
 }
@@ -194,8 +196,8 @@ class LocomotionFamily(TaskFamily):
         """Return qpos (nq,) before reset noise."""
 
     @abstractmethod
-    def observe(self, physics: CpuPhysics) -> Tensor:
-        """Return observations (N, O) float64 of the present state."""
+    def observe(self, physics: Physics) -> Tensor:
+        """Return observations (N, O) of the present state, in the physics' type."""
 
     @abstractmethod
     def reward(self, velocity: Tensor, actions: Tensor, tasks: Tensor) -> Tensor:
@@ -211,9 +213,9 @@ class LocomotionFamily(TaskFamily):
         """Return the x velocity that a task (P,) asks for, m/s; None where it asks for none."""
         return None
 
-    def terminated(self, physics: CpuPhysics) -> Tensor:
+    def terminated(self, physics: Physics) -> Tensor:
         """Return (N,) bool: the present state ends the episode. Never, unless overridden."""
-        return torch.zeros(physics.count, dtype=torch.bool)
+        return torch.zeros_like(physics.diverged)
 
     @property
     @abstractmethod
@@ -238,10 +240,31 @@ class LocomotionFamily(TaskFamily):
         positions = shapes[decided(self.position_noise_shape)]()
         return np.concatenate([positions, decided(self.velocity_noise) * rng.standard_normal(nv)])
 
+    def draw_starts(self, draws: Draws) -> Tensor:
+        """Draw reset noise for qpos, then for qvel, of N episodes, (N, nq + nv)."""
+        nq, nv = self.state_sizes
+        width = decided(self.position_noise)
+        shapes: Mapping[str, Callable[[], Tensor]] = {
+            "normal": lambda: width * draws.normal(nq),
+            "uniform": lambda: width * (2.0 * draws.uniform(nq) - 1.0),
+        }
+        positions = shapes[decided(self.position_noise_shape)]()
+        return torch.cat([positions, decided(self.velocity_noise) * draws.normal(nv)], 1)
+
     def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
         """Make `count` worlds on `threads` threads (0: one a core)."""
         model = self.build_model(self.sensors)
         return LocomotionWorlds(self, CpuPhysics(model, count, threads=threads))
+
+    def make_device_worlds(
+        self, count: int, *, device: str | torch.device, settings: WarpSettings
+    ) -> Worlds:
+        """Make `count` worlds that mujoco_warp simulates on a device."""
+        # Here alone: what it needs is an extra.
+        from envs.warp import WarpPhysics
+
+        model = self.build_model(self.sensors)
+        return LocomotionWorlds(self, WarpPhysics(model, count, device=device, settings=settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,22 +368,21 @@ class DirectionGoal(LocomotionFamily):
 class LocomotionWorlds(Worlds):
     """Worlds of a locomotion family over a physics backend."""
 
-    def __init__(self, family: LocomotionFamily, physics: CpuPhysics) -> None:
+    def __init__(self, family: LocomotionFamily, physics: Physics) -> None:
         self.family = family
         self.physics = physics
         self.count = physics.count
-        self._start = torch.from_numpy(family.start_positions(physics.model))
-        self._tasks = torch.zeros(self.count, len(family.task_columns))
+        self.device = physics.device
+        self._start = torch.from_numpy(family.start_positions(physics.model)).to(physics.qpos)
+        self._tasks = torch.zeros(self.count, len(family.task_columns), device=self.device)
         self._velocity = VELOCITIES[decided(family.velocity_of)]
 
-    def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
+    def reset(self, tasks: Tensor, starts: Floats | Tensor, where: Tensor | None = None) -> Tensor:
         """Put worlds at their start pose plus the noise in `starts` (N, nq + nv)."""
         nq = self.physics.model.nq
-        noise = torch.from_numpy(starts)
-        if where is None:
-            self._tasks.copy_(tasks)
-        else:
-            self._tasks[where] = tasks[where]
+        noise = torch.as_tensor(starts).to(self.physics.qpos)
+        chosen = tasks if where is None else torch.where(where.unsqueeze(1), tasks, self._tasks)
+        self._tasks.copy_(chosen)
         self.physics.set_state(self._start + noise[:, :nq], noise[:, nq:], where)
         return self.family.observe(self.physics).float()
 
@@ -382,3 +404,11 @@ class LocomotionWorlds(Worlds):
     def state(self, world: int) -> Mapping[str, Floats]:
         """Return qpos (m, rad or quaternion) and qvel (m/s, rad/s)."""
         return self.physics.state(world)
+
+    def trouble(self) -> str:
+        """Return what the physics had no room for since this was last asked."""
+        return self.physics.trouble()
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does what `body` does, in one launch where the device can."""
+        return self.physics.as_graph(body)

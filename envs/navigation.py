@@ -11,7 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import LARGEST, Column, Floats, TaskFamily, Transition, Worlds, check_range
+from envs.family import (
+    LARGEST,
+    Column,
+    Draws,
+    Floats,
+    TaskFamily,
+    Transition,
+    WarpSettings,
+    Worlds,
+    check_range,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,38 +110,58 @@ class Navigation2D(TaskFamily):
         """Return nothing: every episode starts at the origin."""
         return np.zeros(0)
 
+    def draw_starts(self, draws: Draws) -> Tensor:
+        """Return nothing for N episodes, (N, 0)."""
+        return draws.normal(0)
+
     def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
         """Make `count` points; they need no threads."""
         return NavigationWorlds(self, count)
+
+    def make_device_worlds(
+        self, count: int, *, device: str | torch.device, settings: WarpSettings
+    ) -> Worlds:
+        """Make `count` points on a device; they need no simulator, and so no settings."""
+        return NavigationWorlds(self, count, device)
 
 
 class NavigationWorlds(Worlds):
     """N points in the plane."""
 
-    def __init__(self, family: Navigation2D, count: int) -> None:
+    def __init__(
+        self, family: Navigation2D, count: int, device: str | torch.device = "cpu"
+    ) -> None:
         self.family = family
         self.count = count
-        self.positions = torch.zeros(count, 2)
-        self._goals = torch.zeros(count, 2)
+        self.positions = torch.zeros(count, 2, device=device)
+        self.device = self.positions.device
+        self._goals = torch.zeros_like(self.positions)
 
-    def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
+    def reset(self, tasks: Tensor, starts: Floats | Tensor, where: Tensor | None = None) -> Tensor:
         """Put points at the origin and give them goals (N, 2)."""
-        rows = slice(None) if where is None else where
-        self._goals[rows] = tasks[rows]
-        self.positions[rows] = 0.0
+        # Not by indexing with the mask, for which a GPU would have to be waited for.
+        rows = self._rows(where)
+        self._goals.copy_(torch.where(rows, tasks, self._goals))
+        self.positions.masked_fill_(rows, 0.0)
         return self.positions.clone()
+
+    def _rows(self, where: Tensor | None) -> Tensor:
+        """Return a mask (N, 1)."""
+        if where is None:
+            return torch.ones(self.count, 1, dtype=torch.bool, device=self.device)
+        return where.unsqueeze(1)
 
     def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
         """Move points; actions (N, 2) in metres are clipped per axis."""
-        rows = slice(None) if where is None else where
         limit = self.family.max_move
-        self.positions[rows] += actions[rows].clamp(-limit, limit)
+        moved = self.positions + actions.clamp(-limit, limit)
+        self.positions.copy_(torch.where(self._rows(where), moved, self.positions))
         offset = self.positions - self._goals
         distance = offset.norm(dim=1)
         return Transition(
             observations=self.positions.clone(),
             rewards=-distance,
             terminated=(offset.abs() < self.family.goal_radius).all(1),
-            diverged=torch.zeros(self.count, dtype=torch.bool),
+            diverged=torch.zeros(self.count, dtype=torch.bool, device=self.device),
             measures=distance[:, None],
         )

@@ -1,7 +1,7 @@
-"""A batch of worlds of one MuJoCo model on CPU threads.
+"""A batch of worlds of one MuJoCo model: what any backend offers, and the one on CPU threads.
 
 The only module that touches `mujoco.batch`. Results are bit-identical to a plain
-`mj_step` loop at any number of threads.
+`mj_step` loop at any number of threads. `envs/warp.py` is the same on a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import mujoco
 import torch
@@ -45,17 +46,66 @@ STATE_FIELDS = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl")
 """What a world's future depends on."""
 
 
-class CpuPhysics:
+class Physics(Protocol):
     """N worlds of one model: positions, velocities and named sensors as live tensors.
 
-    `where` is a bool mask (N,), or None for all; the worlds left out are not touched. Not
-    picklable. A process forked after it was made notices, and goes on with threads of its own.
+    `where` is a bool mask (N,), or None for all; the worlds left out are not touched. Every tensor
+    lies on `device`; positions, velocities and sensors have one floating-point type.
 
     Attributes:
-        qpos: (N, nq) float64, a live view: valid until the next call.
-        qvel: (N, nv) float64, likewise.
-        diverged: (N,) bool: the simulation broke down in the last `step`. MuJoCo silently resets
-            such a world, so what its state says is not what was simulated.
+        model: of every world.
+        count: N.
+        qpos: (N, nq), a live view: valid until the next call.
+        qvel: (N, nv), likewise.
+        diverged: (N,) bool: the simulation broke down in the last `step`. Such a world is reset, so
+            what its state says is not what was simulated.
+    """
+
+    model: mujoco.MjModel
+    count: int
+    qpos: Tensor
+    qvel: Tensor
+    diverged: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+
+    def sensor(self, name: str) -> Tensor:
+        """Return one sensor's readings of the present state, (N, size), a copy."""
+
+    def state(self, world: int) -> Mapping[str, Floats]:
+        """Return one world's qpos (nq,) and qvel (nv,), as they were set if that broke it."""
+
+    def data(self, world: int) -> mujoco.MjData:
+        """Return a copy of one world with its derived fields computed, for drawing it."""
+
+    def set_state(self, qpos: Tensor, qvel: Tensor, where: Tensor | None = None) -> None:
+        """Set positions (N, nq) and velocities (N, nv), and forget solver state and warnings.
+
+        A state that the simulator cannot take counts as diverged in the next step.
+        """
+
+    def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
+        """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""
+
+    def trouble(self) -> str:
+        """Return what there was no room for since this was last asked, and which setting to raise.
+
+        Empty if there was room for everything. Worlds that it befell count as diverged.
+        """
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does what `body` does, in one launch where the device can.
+
+        `body` steps these worlds and works on tensors of their device, always the same ones.
+        """
+
+
+class CpuPhysics:
+    """`Physics` on CPU threads, in float64.
+
+    Not picklable. A process forked after it was made notices, and goes on with threads of its own.
     """
 
     def __init__(self, model: mujoco.MjModel, count: int, *, threads: int = 0) -> None:
@@ -108,6 +158,19 @@ class CpuPhysics:
     def threads(self) -> int:
         """Threads that step the worlds."""
         return int(self._batch.nthread)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def trouble(self) -> str:
+        """Return "": MuJoCo takes the memory that it needs."""
+        return ""
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return `body`: there is nothing to launch."""
+        return body
 
     def sensor(self, name: str) -> Tensor:
         """Return one sensor's readings of the present state, (N, size) float64, a copy."""
