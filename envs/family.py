@@ -135,8 +135,6 @@ class Worlds(ABC):
 
     count: int
     """N."""
-    device: torch.device = torch.device("cpu")
-    """Where tensors given to the worlds must be, and where theirs are."""
 
     @abstractmethod
     def reset(self, tasks: Tensor, starts: Floats, where: Tensor | None = None) -> Tensor:
@@ -144,8 +142,7 @@ class Worlds(ABC):
 
         Args:
             tasks: (N, P) float32, rows outside `where` ignored.
-            starts: (N, S) rows made by the family's `draw_start`, likewise; for worlds made by
-                `make_device_worlds`, a tensor made by `draw_starts`.
+            starts: (N, S) rows made by the family's `draw_start`, likewise.
             where: which worlds.
         """
 
@@ -156,18 +153,6 @@ class Worlds(ABC):
     def state(self, world: int) -> Mapping[str, Floats]:
         """Return what the simulator holds of one world, by name, for reports; may be empty."""
         return {}
-
-    def trouble(self) -> str:
-        """Return what the physics had no room for since this was last asked; empty if nothing."""
-        return ""
-
-    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that does what `body` does, in one launch where the device can.
-
-        `body` steps these worlds and works on tensors of their device, always the same ones; it may
-        be run before this returns.
-        """
-        return body
 
     def close(self) -> None:
         """Release what the worlds hold."""
@@ -183,6 +168,39 @@ class Worlds(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class DeviceWorlds(Protocol):
+    """`Worlds` that are simulated on a device: what they are given and what they give lies there.
+
+    Nothing in `reset` and `step` waits for the device.
+    """
+
+    count: int
+    """N."""
+    device: torch.device
+
+    def reset(self, tasks: Tensor, starts: Tensor, where: Tensor | None = None) -> Tensor:
+        """Put worlds at the start of an episode; `starts` (N, S) by the family's `draw_starts`."""
+
+    def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
+        """Advance worlds by one control step; `actions` (N, A) in the body's own unit, clipped."""
+
+    def state(self, world: int) -> Mapping[str, Floats]:
+        """Return what the simulator holds of one world, by name, for reports; may be empty."""
+
+    def trouble(self) -> str:
+        """Return what the physics had no room for since this was last asked; empty if nothing."""
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does what `body` does, in one launch where the device can.
+
+        `body` steps these worlds and works on tensors of their device, always the same ones; it may
+        be run before this returns.
+        """
+
+    def close(self) -> None:
+        """Release what the worlds hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +354,7 @@ class TaskFamily(ABC):
 
     def make_device_worlds(
         self, count: int, *, device: str | torch.device, settings: WarpSettings
-    ) -> Worlds:
+    ) -> DeviceWorlds:
         """Make `count` worlds that are simulated on a device, where their tensors stay.
 
         Raises:

@@ -22,6 +22,7 @@ from torch import Tensor
 from envs.family import (
     LARGEST,
     Column,
+    DeviceWorlds,
     Draws,
     FamilyError,
     Floats,
@@ -258,7 +259,7 @@ class LocomotionFamily(TaskFamily):
 
     def make_device_worlds(
         self, count: int, *, device: str | torch.device, settings: WarpSettings
-    ) -> Worlds:
+    ) -> DeviceWorlds:
         """Make `count` worlds that mujoco_warp simulates on a device."""
         # Here alone: what it needs is an extra.
         from envs.warp import WarpPhysics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from envs.family import (
     LARGEST,
     Column,
+    DeviceWorlds,
     Draws,
     Floats,
     TaskFamily,
@@ -120,7 +121,7 @@ class Navigation2D(TaskFamily):
 
     def make_device_worlds(
         self, count: int, *, device: str | torch.device, settings: WarpSettings
-    ) -> Worlds:
+    ) -> DeviceWorlds:
         """Make `count` points on a device; they need no simulator, and so no settings."""
         return NavigationWorlds(self, count, device)
 
@@ -165,3 +166,11 @@ class NavigationWorlds(Worlds):
             diverged=torch.zeros(self.count, dtype=torch.bool, device=self.device),
             measures=distance[:, None],
         )
+
+    def trouble(self) -> str:
+        """Return "": there is always room for a point."""
+        return ""
+
+    def as_graph(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Return `body`: a step of points is a few launches."""
+        return body

@@ -65,10 +65,11 @@ NO_ROOM: Mapping[str, int] = {
 """Bits that mujoco_warp sets in a world where it dropped something, by the setting to raise. The
 other bits say that a solver stopped at its iteration limit, as MuJoCo's does without a word."""
 
-PLANE, SPHERE, CAPSULE, BOX = (
+PLANE, HEIGHTS, SPHERE, CAPSULE, BOX = (
     int(kind)
     for kind in (
         mujoco.mjtGeom.mjGEOM_PLANE,
+        mujoco.mjtGeom.mjGEOM_HFIELD,
         mujoco.mjtGeom.mjGEOM_SPHERE,
         mujoco.mjtGeom.mjGEOM_CAPSULE,
         mujoco.mjtGeom.mjGEOM_BOX,
@@ -86,7 +87,7 @@ CONTACTS: Mapping[tuple[int, int], int] = {
 }
 """The most contacts of a pair of geoms, by their types in ascending order."""
 MOST_CONTACTS = 8
-"""Of any other pair."""
+"""Of any other pair but one with a height field."""
 
 EQUALITY_ROWS: Mapping[int, int] = {
     int(mujoco.mjtEq.mjEQ_CONNECT): 3,
@@ -95,9 +96,14 @@ EQUALITY_ROWS: Mapping[int, int] = {
 """Rows of an equality constraint by type; one for any other."""
 
 
-def colliding_pairs(model: mujoco.MjModel) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of geoms that MuJoCo's filters let collide, and those named as pairs."""
-    yield from zip(model.pair_geom1.tolist(), model.pair_geom2.tolist(), strict=True)
+def colliding_pairs(model: mujoco.MjModel) -> Iterator[tuple[int, int, int]]:
+    """Yield the pairs of geoms that MuJoCo lets collide, and the most dimensions of a contact.
+
+    Those are the pairs that the model names, and of the others those that pass its filters.
+    """
+    firsts, seconds = model.pair_geom1.tolist(), model.pair_geom2.tolist()
+    named = {(min(p), max(p)) for p in zip(firsts, seconds, strict=True)}
+    yield from zip(firsts, seconds, model.pair_dim.tolist(), strict=True)
     excluded = set(model.exclude_signature.tolist())
     filters_parents = not model.opt.disableflags & int(mujoco.mjtDisableBit.mjDSBL_FILTERPARENT)
     for one, two in itertools.combinations(range(model.ngeom), 2):
@@ -111,10 +117,20 @@ def colliding_pairs(model: mujoco.MjModel) -> Iterator[tuple[int, int]]:
         if (
             willing
             and welds[0] != welds[1]
+            and model.body_dofnum[welds].any()
             and not (filters_parents and related)
             and (bodies[0] << 16) + bodies[1] not in excluded
+            and (one, two) not in named
         ):
-            yield one, two
+            yield one, two, int(max(model.geom_condim[one], model.geom_condim[two]))
+
+
+def most_contacts(one: int, two: int) -> int:
+    """Return how many contacts geoms of two types can have at the most."""
+    kinds = (min(one, two), max(one, two))
+    if HEIGHTS in kinds:
+        return int(mujoco.mjMAXCONPAIR)
+    return CONTACTS.get(kinds, MOST_CONTACTS)
 
 
 def room(model: mujoco.MjModel) -> WarpSettings:
@@ -125,10 +141,8 @@ def room(model: mujoco.MjModel) -> WarpSettings:
     """
     contacts, rows = 0, 0
     pyramidal = model.opt.cone == int(mujoco.mjtCone.mjCONE_PYRAMIDAL)
-    for one, two in colliding_pairs(model):
-        kinds = sorted((int(model.geom_type[one]), int(model.geom_type[two])))
-        found = CONTACTS.get((kinds[0], kinds[1]), MOST_CONTACTS)
-        directions = int(max(model.geom_condim[one], model.geom_condim[two]))
+    for one, two, directions in colliding_pairs(model):
+        found = most_contacts(int(model.geom_type[one]), int(model.geom_type[two]))
         contacts += found
         rows += found * (2 * (directions - 1) if pyramidal and directions > 1 else directions)
     rows += sum(EQUALITY_ROWS.get(int(kind), 1) for kind in model.eq_type)
@@ -187,6 +201,42 @@ def align_capsules(model: mjw.Model, data: mjw.Data) -> None:
     )
 
 
+@wp.kernel(enable_backward=False)  # type: ignore[untyped-decorator]
+def _notice_overflow(
+    rows: wp.array[int],
+    njmax: int,
+    pairs: wp.array[int],
+    contacts: wp.array[int],
+    naconmax: int,
+    overflow: wp.array[int],
+) -> None:
+    world = wp.tid()
+    if rows[world] > njmax:
+        overflow[world] = overflow[world] | wp.static(int(mjw.OverflowType.NEFC))
+    if pairs[0] > naconmax or contacts[0] > naconmax:
+        overflow[world] = overflow[world] | wp.static(int(mjw.OverflowType.NARROWPHASE))
+
+
+def notice_overflow(model: mjw.Model, data: mjw.Data) -> None:
+    """Set the bits of worlds that have no room, each time that constraints are made.
+
+    mujoco_warp looks once a step, after the last of a Runge-Kutta step's four stages: what an
+    ant had no room for in the others would go unnoticed, and a third of its steps with it.
+    """
+    wp.launch(
+        _notice_overflow,
+        dim=data.nworld,
+        inputs=[data.nefc, data.njmax, data.ncollision, data.nacon, data.naconmax],
+        outputs=[data.overflow],
+    )
+
+
+def _out_of_bounds(*fields: Tensor) -> Tensor:
+    """Return which worlds have an entry that MuJoCo would call a breakdown, (N,); (N, ...) each."""
+    # Not a number compares false.
+    return ~(torch.cat(fields, 1).abs() <= LARGEST_VALUE).all(1)
+
+
 class WarpPhysics:
     """`Physics` by mujoco_warp, in float32; on a CPU it works too, one world after another.
 
@@ -222,6 +272,8 @@ class WarpPhysics:
         self._model.opt.warn_overflow = 0
         self._model.opt.deterministic = settings.deterministic
         self._model.callback.contactfilter = align_capsules
+        # Called between the constraints and their solution, whatever its name.
+        self._model.callback.control = notice_overflow
         data = self._data
         self.qpos: Tensor = wp.to_torch(data.qpos)
         self.qvel: Tensor = wp.to_torch(data.qvel)
@@ -291,7 +343,7 @@ class WarpPhysics:
     def set_state(self, qpos: Tensor, qvel: Tensor, where: Tensor | None = None) -> None:
         """Set positions (N, nq) and velocities (N, nv), and forget solver state and overflows.
 
-        A state that is not finite counts as diverged in the next step.
+        A state that is not finite, or too large, counts as diverged in the next step.
         """
         chosen = self._mask(where)
         self._put(chosen, qpos, qvel)
@@ -313,6 +365,9 @@ class WarpPhysics:
         before = [] if where is None else [field.clone() for field in kept]
         time_before = self._time.clone()
         self._ctrl.copy_(ctrl)
+        # Which mujoco_warp would hide: it normalizes a quaternion, and clamps a control that is not
+        # a number.
+        broken = _out_of_bounds(self.qpos, self.qvel) | self._ctrl.isnan().any(1)
         self._overflow.zero_()
         # The sensors' own code is left out where a further step follows.
         self._switch_sensors(on=False)
@@ -325,9 +380,7 @@ class WarpPhysics:
             for field, old in zip(kept, before, strict=True):
                 field.copy_(torch.where(where.unsqueeze(1), field, old))
             self._time.copy_(torch.where(where, self._time, time_before))
-        state = torch.cat([self.qpos, self.qvel, self._qacc], 1)
-        # Not a number compares false.
-        broken = ~(state.abs() <= LARGEST_VALUE).all(1)
+        broken = broken | _out_of_bounds(self.qpos, self.qvel, self._qacc)
         wanting = self._overflow & sum(NO_ROOM.values())
         self._overflowed.bitwise_or_(torch.where(stepped, wanting, 0))
         # As MuJoCo does; what is not finite would keep the solver busy for all.
@@ -356,7 +409,7 @@ class WarpPhysics:
 
     def trouble(self) -> str:
         """Return which room did not suffice since this was last asked, and what to raise."""
-        bits = self._overflowed.cpu()
+        bits = self._overflowed.to("cpu", copy=True)
         self._overflowed.zero_()
         now = {"njmax": self._njmax, "nconmax": self._nconmax}
         what = {"njmax": "constraints", "nconmax": "contacts"}

@@ -12,18 +12,21 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method, Outcome
 from maml_rl.config import Experiment, as_tree
+from maml_rl.devices import Device, Physics
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation, EvaluationSettings, evaluate
 from maml_rl.maml import AdaptationSettings
 from maml_rl.memory import check_memory, memory_to_sample
 from maml_rl.plain_yaml import leaves
+from maml_rl.rollout import SamplingError
 from maml_rl.runs import RunFolder
-from maml_rl.sampler import SamplingError
 from maml_rl.task_sets import Tasks, TaskSet
-from maml_rl.trained import TrainedPolicy, experiment_of, restore
+from maml_rl.trained import TrainedPolicy, experiment_of, placed, restore
 
-NOT_OF_THE_METHOD = re.compile(r"seed|name|device|threads|sampling\.tasks_at_once|evaluation\..*")
+NOT_OF_THE_METHOD = re.compile(
+    r"seed|name|device|physics|warp\..*|threads|sampling\.tasks_at_once|evaluation\..*"
+)
 """Settings that may differ between runs of one method: they change no expected return."""
 
 
@@ -65,20 +68,32 @@ class Subject:
         return self.trained.experiment.family
 
 
-def load_subject(run: Path, checkpoint: str = "latest") -> Subject:
-    """Load a run's policy to be tested.
+def load_subject(
+    run: Path,
+    checkpoint: str = "latest",
+    device: Device | None = None,
+    physics: Physics | None = None,
+) -> Subject:
+    """Load a run's policy to be tested, on a device and with physics of choice; see `load`.
 
     Raises:
-        InputError: if the folder is no run, or its checkpoint is missing or damaged.
+        InputError: if the folder is no run, its checkpoint is missing or damaged, or device or
+            physics is not here.
     """
     folder = RunFolder.open(run)
-    trained, found = restore(folder, experiment_of(folder), checkpoint)
+    experiment = placed(experiment_of(folder), device, physics)
+    trained, found = restore(folder, experiment, checkpoint)
     done = found.state.iteration
     method = method_of(trained.experiment, done)
     return Subject(trained, method, run, done, found.state.env_steps)
 
 
-def load_subjects(runs: Sequence[Path], checkpoint: str = "latest") -> list[Subject]:
+def load_subjects(
+    runs: Sequence[Path],
+    checkpoint: str = "latest",
+    device: Device | None = None,
+    physics: Physics | None = None,
+) -> list[Subject]:
     """Load runs to be tested side by side, told apart where one method has several settings.
 
     Raises:
@@ -87,7 +102,7 @@ def load_subjects(runs: Sequence[Path], checkpoint: str = "latest") -> list[Subj
     """
     if len({run.resolve() for run in runs}) < len(runs):
         raise InputError("a run is given twice")
-    subjects = [load_subject(run, checkpoint) for run in runs]
+    subjects = [load_subject(run, checkpoint, device, physics) for run in runs]
     first = subjects[0]
     for other in subjects[1:]:
         if not first.family.comparable(other.family):
@@ -177,6 +192,8 @@ def evaluate_policy(
                 action_scale=experiment.policy.action_scale,
                 threads=experiment.threads,
                 tasks_at_once=experiment.sampling.tasks_at_once,
+                physics=experiment.physics,
+                warp=experiment.warp,
                 tasks=tasks,
                 see=see,
             )

@@ -28,6 +28,7 @@ from maml_rl.cli_render import render_command, render_trained, report_command
 from maml_rl.cli_shared import (
     DataOptions,
     Importing,
+    PlaceOptions,
     RunOptions,
     Switch,
     command_line,
@@ -43,6 +44,7 @@ from maml_rl.config import (
     find_experiment,
     is_supervised,
 )
+from maml_rl.devices import check_place
 from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
 from maml_rl.listing import show_experiments, show_families, show_problems
@@ -59,7 +61,7 @@ from maml_rl.terminal import (
     watching,
 )
 from maml_rl.train import meta_train, resume
-from maml_rl.trained import check_device
+from maml_rl.trained import placed
 from maml_rl.versions import differences
 
 INTRODUCTION = """\
@@ -94,7 +96,7 @@ class TrainOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions(RunOptions):
+class ResumeOptions(PlaceOptions, RunOptions):
     """Go on with an interrupted run, or extend a finished one."""
 
     run: tyro.conf.Positional[Path]
@@ -160,7 +162,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
         experiment, options = parse_command(
             settings, TrainOptions, arguments, f"maml-rl train {target}"
         )
-        check_device(experiment.device)
+        check_place(experiment.device, experiment.physics)
         check_memory(experiment, "sampling", "evaluation")
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)
@@ -196,12 +198,18 @@ def resume_command(words: Sequence[str], console: Console) -> None:
     options = parse_options(ResumeOptions, words, "maml-rl resume")
     if supervised_run(options.run):
         refuse_options(
-            {"--render": options.render, "--allow-import": options.allow_import}, "supervised"
+            {
+                "--render": options.render,
+                "--allow-import": options.allow_import,
+                "--physics": options.physics is not None,
+            },
+            "supervised",
         )
         resume_supervised(
             options.run,
             iterations=options.iterations,
             root=options.data.root,
+            device=options.device,
             quiet=options.quiet,
             console=console,
         )
@@ -210,7 +218,13 @@ def resume_command(words: Sequence[str], console: Console) -> None:
     line = command_line("resume", options.run, options)
     with Importing(options.allow_import), going_on(line, options.run):
         with watching(console, options.quiet) as watch:
-            resume(options.run, iterations=options.iterations, watch=watch)
+            resume(
+                options.run,
+                iterations=options.iterations,
+                device=options.device,
+                physics=options.physics,
+                watch=watch,
+            )
         report_run(console, options.run, options.quiet)
         if options.render:
             render_trained(console, options.run, quiet=options.quiet)
@@ -227,8 +241,9 @@ def replay_command(words: Sequence[str], console: Console) -> None:
     options = parse_options(ReplayOptions, words, "maml-rl replay")
     with Importing(options.allow_import):
         dump = read_dump(options.dump)
-        broken, family = dump.divergence, dump.experiment.family
-        again = play(family, broken.task, broken.start, broken.actions)
+        experiment = placed(dump.experiment)
+        broken, family = dump.divergence, experiment.family
+        again = play(experiment, broken)
     last = len(broken.actions) - 1
     console.print(
         f"{family.name}, task {family.describe_task(broken.task)}: iteration {dump.iteration}, "

@@ -37,6 +37,7 @@ from maml_rl.cli_render import render_after
 from maml_rl.cli_shared import (
     DataOptions,
     Importing,
+    PlaceOptions,
     RunOptions,
     Switch,
     going_on,
@@ -47,6 +48,7 @@ from maml_rl.cli_shared import (
 )
 from maml_rl.comparison import METHODS, Comparison, Outcome
 from maml_rl.config import find_file, shipped_benchmarks, shipped_supervised
+from maml_rl.devices import check_place
 from maml_rl.errors import InputError, refusal
 from maml_rl.memory import check_memory
 from maml_rl.report.tested import is_run
@@ -55,11 +57,10 @@ from maml_rl.settings import parse_options, parse_with_tyro
 from maml_rl.supervised.commands import evaluate_supervised
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
 from maml_rl.terminal import evaluation_notes, evaluation_tables, watching
-from maml_rl.trained import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(PlaceOptions, RunOptions):
     """Test policies, of one run or several side by side: return against gradient steps."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
@@ -173,7 +174,13 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
     if not options.run:
         raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
     usual = replace(
-        options, out=None, quiet=False, allow_import=False, render=False, data=DataOptions()
+        options,
+        out=None,
+        quiet=False,
+        allow_import=False,
+        render=False,
+        data=DataOptions(),
+        device=None,
     ) == EvaluateOptions(run=options.run)
     if supervised_runs(options.run):
         evaluate_supervised_runs(options, usual, console)
@@ -183,7 +190,7 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         "reinforcement",
     )
     with Importing(options.allow_import):
-        subjects = load_subjects(options.run, options.checkpoint)
+        subjects = load_subjects(options.run, options.checkpoint, options.device, options.physics)
         first = subjects[0].trained.experiment
         given = {"steps": options.steps, "episodes": options.episodes}
         try:
@@ -218,6 +225,7 @@ def evaluate_supervised_runs(options: EvaluateOptions, usual: bool, console: Con
             "--tasks-from": options.tasks_from is not None,
             "--render": options.render,
             "--allow-import": options.allow_import,
+            "--physics": options.physics is not None,
         },
         "supervised",
     )
@@ -225,6 +233,7 @@ def evaluate_supervised_runs(options: EvaluateOptions, usual: bool, console: Con
         options.run,
         checkpoint=options.checkpoint,
         root=options.data.root,
+        device=options.device,
         out=options.out,
         steps=options.steps,
         shots=options.shots,
@@ -298,7 +307,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
         tasks = tasks_to_test(benchmark, base)
         planned = plan(benchmark, base, out)
         for one in planned:
-            check_device(one.experiment.device)
+            check_place(one.experiment.device, one.experiment.physics)
             check_memory(one.experiment, "sampling", "evaluation")
         given = check_plan(planned, options.reuse)
         with going_on(shlex.join(["maml-rl", "benchmark", *words])):

@@ -15,6 +15,7 @@ import tyro
 
 from envs.references import allow_imports
 from maml_rl.config import is_supervised
+from maml_rl.devices import Device, Physics
 from maml_rl.errors import InputError, RunStopped, RunWarning, refusal
 from maml_rl.plain_yaml import parse_yaml, read_yaml
 from maml_rl.runs import RunFolder
@@ -31,6 +32,17 @@ class RunOptions:
     """Print nothing but errors."""
     allow_import: Switch = False
     """Let the experiment import code of yours, named package.module:Class or :function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """Where a run's policy goes on, or is tested."""
+
+    device: Device | None = None
+    """Where policy or network are evaluated and updated; by default as the run says."""
+    physics: Physics | None = None
+    """What simulates: `cpu` is MuJoCo on CPU threads, `warp` is mujoco_warp on the device; by
+    default likewise."""
 
 
 class Importing(ExitStack):

@@ -14,14 +14,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import yaml
 
 import envs
 from envs import TaskFamily
+from envs.family import WarpSettings
 from maml_rl.advantages import AdvantageSettings
 from maml_rl.checkpoints import Origin
+from maml_rl.devices import Device, Physics
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import EvaluationSettings
 from maml_rl.maml import AdaptationSettings
@@ -50,8 +52,11 @@ class Experiment(Generic[F]):
     """Meta-iterations."""
     seed: int = 0
     """Of everything random; the test tasks are the same for every seed."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the policy is evaluated and updated; physics runs on the CPU."""
+    device: Device = "cpu"
+    """Where the policy is evaluated and updated."""
+    physics: Physics = "cpu"
+    """What simulates: `cpu` is MuJoCo on CPU threads; `warp` is mujoco_warp, on the device of the
+    policy (extra gpu)."""
     threads: int = 0
     """Threads of physics and of the update; 0 is one a core."""
     max_refused: int = 20
@@ -62,6 +67,7 @@ class Experiment(Generic[F]):
     adaptation: AdaptationSettings = field(default_factory=AdaptationSettings)
     trust_region: TrustRegionSettings = field(default_factory=TrustRegionSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    warp: WarpSettings = field(default_factory=WarpSettings)
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -282,4 +288,4 @@ def made_for(family: TaskFamily) -> Mapping[str, str | int]:
 
 def origin_of(experiment: Experiment[TaskFamily]) -> Origin:
     """Return what checkpoints of an experiment are made for, here and now."""
-    return Origin(to_yaml(experiment), made_for(experiment.family), versions())
+    return Origin(to_yaml(experiment), made_for(experiment.family), versions(experiment.physics))

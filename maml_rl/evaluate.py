@@ -15,12 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import TaskFamily
+from envs.family import TaskFamily, WarpSettings
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings
 from maml_rl.chunks import Chunks
+from maml_rl.devices import Physics
 from maml_rl.episodes import Episodes, pack
-from maml_rl.maml import AdaptationSettings, adapt_in_chunks, chunk_size, estimate_in_chunks
+from maml_rl.maml import (
+    AdaptationSettings,
+    adapt_in_chunks,
+    chunk_size,
+    estimate_in_chunks,
+    update_bytes,
+)
 from maml_rl.policy import GaussianPolicy
 from maml_rl.sampler import Sampler, task_seeds
 from maml_rl.seeds import TEST_SEED
@@ -152,6 +159,8 @@ def evaluate(
     action_scale: float,
     threads: int = 0,
     tasks_at_once: int = 0,
+    physics: Physics = "cpu",
+    warp: WarpSettings | None = None,
     tasks: TaskSet | None = None,
     see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
@@ -167,12 +176,16 @@ def evaluate(
         action_scale: the policy's action that is the bound.
         threads: of physics and updates; 0 is one a core.
         tasks_at_once: tasks that are simulated together; 0 is all.
+        physics: what simulates; `warp` on theta's device.
+        warp: its settings.
         tasks: to use in place of the test tasks.
         see: is given parameters (T, ...) and episodes of each step, to keep what it wants.
     """
     source = held_out(family, settings.tasks) if tasks is None else tasks
     chosen = source.tasks
-    size = chunk_size(len(chosen), next(iter(theta.values())).device.type)
+    device = next(iter(theta.values())).device.type
+    steps = settings.episodes * family.episode_steps
+    size = chunk_size(len(chosen), device, update_bytes(policy, steps, 1))
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
     with (
@@ -184,6 +197,9 @@ def evaluate(
             episodes=settings.episodes,
             action_scale=action_scale,
             threads=threads,
+            device=device,
+            physics=physics,
+            warp=warp,
         ) as sampler,
     ):
         for params, episodes in adapt_to_tasks(

@@ -81,7 +81,7 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
                 f"policy.layers or {section}.tasks",
             ),
             (
-                family.world_bytes * at_once * episodes,
+                (experiment.physics == "cpu") * family.world_bytes * at_once * episodes,
                 f"simulations of {at_once} tasks x {episodes} episodes",
                 f"sampling.tasks_at_once, {section}.tasks or {section}.episodes",
             ),

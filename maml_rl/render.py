@@ -33,7 +33,8 @@ from maml_rl.errors import RunStopped
 from maml_rl.movies import Animation, Movie, Mp4, Pngs, has_ffmpeg
 from maml_rl.opengl import what_is_missing
 from maml_rl.rendering import FORMAT, RECORD, Column, Rendering, RenderSettings, read_rendering
-from maml_rl.sampler import Sampler, SamplingError, Watch, task_seeds
+from maml_rl.rollout import SamplingError, Watch
+from maml_rl.sampler import Sampler, task_seeds
 from maml_rl.seeds import TEST, TEST_SEED
 from maml_rl.stage import Stage
 from maml_rl.task_sets import CHOSEN, TaskSet

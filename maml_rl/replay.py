@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from envs.family import Floats, TaskFamily
+from envs.family import DeviceWorlds, Floats, TaskFamily, Worlds
 from maml_rl.checkpoints import UNREADABLE
 from maml_rl.config import Experiment, experiment_from, to_yaml
 from maml_rl.errors import InputError
 from maml_rl.plain_yaml import parse_yaml
-from maml_rl.sampler import Divergence
+from maml_rl.rollout import Divergence
 from maml_rl.versions import versions
 
 FORMAT = 1
@@ -50,15 +52,29 @@ class Replay:
     """Before the last action."""
 
 
-def play(family: TaskFamily, task: Floats, start: Floats, actions: Floats) -> Replay:
-    """Do one episode again with the same start (S,) and actions (T, A)."""
+def play(experiment: Experiment[TaskFamily], broken: Divergence) -> Replay:
+    """Do an episode again with the same start and actions, by the experiment's physics."""
+    family, device = experiment.family, experiment.device
+    task = torch.from_numpy(broken.task).float()[None]
+    actions = torch.from_numpy(broken.actions).float()
+    with torch.no_grad(), ExitStack() as stack:
+        if experiment.physics == "cpu":
+            here = stack.enter_context(family.make_worlds(1, threads=1))
+            here.reset(task, broken.start[None])
+            return first_broken(here, actions)
+        there = family.make_device_worlds(1, device=device, settings=experiment.warp)
+        stack.callback(there.close)
+        there.reset(task.to(device), torch.from_numpy(broken.start).float()[None].to(device))
+        return first_broken(there, actions.to(device))
+
+
+def first_broken(worlds: Worlds | DeviceWorlds, actions: Tensor) -> Replay:
+    """Step one world through actions (T, A) until its simulation breaks down."""
     state: Mapping[str, Floats] = {}
-    with torch.no_grad(), family.make_worlds(1, threads=1) as worlds:
-        worlds.reset(torch.from_numpy(task).float()[None], start[None])
-        for step, action in enumerate(torch.from_numpy(actions).float()):
-            state = worlds.state(0)
-            if bool(worlds.step(action[None]).diverged[0]):
-                return Replay(step, state)
+    for step, action in enumerate(actions):
+        state = worlds.state(0)
+        if bool(worlds.step(action[None]).diverged[0]):
+            return Replay(step, state)
     return Replay(None, state)
 
 
@@ -66,8 +82,7 @@ def dump_of(
     divergence: Divergence, experiment: Experiment[TaskFamily], iteration: int
 ) -> dict[str, object]:
     """Return a divergence and all that it depends on, ready for JSON."""
-    family = experiment.family
-    again = play(family, divergence.task, divergence.start, divergence.actions)
+    again = play(experiment, divergence)
     return {
         "format": FORMAT,
         "iteration": iteration,
@@ -80,7 +95,7 @@ def dump_of(
         "action": divergence.actions[-1].tolist(),
         "start": divergence.start.tolist(),
         "actions": divergence.actions.tolist(),
-        "versions": dict(versions()),
+        "versions": dict(versions(experiment.physics)),
         "config": to_yaml(experiment),
     }
 

@@ -6,25 +6,26 @@ split over threads, chunks or machines.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from envs.family import Floats, TaskFamily, Transition, Worlds
+from envs.family import TaskFamily, WarpSettings
 from maml_rl.adapt import Params
 from maml_rl.chunks import torch_threads
+from maml_rl.device_rollout import DeviceRollout
+from maml_rl.devices import Physics, as_it_comes
 from maml_rl.episodes import Episodes
-from maml_rl.policy import GaussianPolicy, log_std
+from maml_rl.errors import RunWarning
+from maml_rl.policy import GaussianPolicy
+from maml_rl.rollout import HostRollout, Loop, Rollout, SamplingError, Seeds, Watch, Wave
 from maml_rl.seeds import EPISODES, TASKS, seed_sequence
-
-Seeds = npt.NDArray[np.uint64]
 
 
 def task_seeds(stream: int, seed: int, iteration: int, phase: int, tasks: int) -> Seeds:
@@ -42,11 +43,6 @@ def task_seeds(stream: int, seed: int, iteration: int, phase: int, tasks: int) -
 def task_generator(stream: int, seed: int, iteration: int) -> np.random.Generator:
     """Return the generator that draws the tasks of one iteration."""
     return np.random.default_rng(seed_sequence(stream, seed, TASKS, iteration))
-
-
-Watch = Callable[[Worlds, Transition | None, Tensor], None]
-"""Sees worlds as they are sampled: after their reset, then without a transition, and after each
-control step. The mask (N,) says which of them are in that state now, others having ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,40 +79,18 @@ class SamplingSettings:
         return min(self.tasks_at_once or tasks, tasks)
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """An episode whose simulation broke down, with all that is needed to do it again."""
-
-    task_index: int
-    """In the meta-batch."""
-    task_seed: int
-    episode: int
-    """Of the task, from 0."""
-    task: Floats
-    """(P,)."""
-    start: Floats
-    """(S,), what `draw_start` gave."""
-    actions: Floats
-    """(t + 1, A), in the body's own unit, not clipped; the simulation broke down in the last."""
-
-
-class SamplingError(RuntimeError):
-    """Sampling cannot go on; the message says which task and seed."""
-
-    def __init__(self, message: str, divergence: Divergence | None = None) -> None:
-        super().__init__(message)
-        self.divergence = divergence
-
-
-class ActionError(SamplingError):
-    """The policy's action is not finite."""
+ROLLOUTS: Mapping[Physics, Callable[[Loop], Rollout]] = {
+    "cpu": HostRollout,
+    "warp": DeviceRollout,
+}
+"""How episodes are run, by where the physics is."""
 
 
 class Sampler(AbstractContextManager["Sampler"]):
-    """Samples episodes of many tasks at once; owns one set of worlds.
+    """Samples episodes of many tasks at once; owns their worlds.
 
-    Physics runs on `threads` threads (0: one a core); torch on one, since the products of one
-    control step are too small to share. Works for policies on a GPU with physics on the CPU.
+    Physics on the CPU runs on `threads` threads (0: one a core); torch on one, since the products
+    of one control step are too small to share.
     """
 
     def __init__(
@@ -132,21 +106,34 @@ class Sampler(AbstractContextManager["Sampler"]):
         threads: int = 0,
         deterministic: bool = False,
         watch: Watch | None = None,
+        device: str = "cpu",
+        physics: Physics = "cpu",
+        warp: WarpSettings | None = None,
     ) -> None:
         """Make `tasks` x `episodes` worlds; batches of more tasks go through in turn.
 
-        Where the policy is to be `deterministic` it takes its mean action; `watch` sees the worlds.
+        Where the policy is to be `deterministic` it takes its mean action; `watch` sees the worlds,
+        which must be on the CPU. `device` is where the policy's parameters will be.
+
+        Raises:
+            FamilyError: if the family cannot be simulated by `physics`.
+            ImportError: if what simulates it is not installed.
         """
-        self.family = family
-        self.policy = policy
         self._max_diverged = max_diverged
-        self._deterministic = deterministic
-        self._watch = watch
-        self._divergence: Divergence | None = None
-        self._tasks, self._episodes, self._count = tasks, episodes, count
-        self._worlds = family.make_worlds(tasks * episodes, threads=threads)
-        low, high = (torch.from_numpy(b).float() for b in family.action_bounds)
-        self._middle, self._half = (low + high) / 2.0, (high - low) / 2.0 / action_scale
+        self._tasks, self._count = tasks, count
+        self._loop = Loop(
+            family=family,
+            policy=policy,
+            tasks=tasks,
+            episodes=episodes,
+            action_scale=action_scale,
+            threads=threads,
+            deterministic=deterministic,
+            watch=watch,
+            device=device,
+            warp=warp or WarpSettings(),
+        )
+        self._rollout = ROLLOUTS[physics](self._loop)
 
     def sample(self, params: Params, tasks: Tensor, seeds: Seeds) -> Episodes:
         """Sample episodes of M tasks.
@@ -160,28 +147,34 @@ class Sampler(AbstractContextManager["Sampler"]):
             ActionError: if the policy's action is not finite.
             SamplingError: if a task's worlds all diverge at their first step, or more worlds
                 diverge than may.
+
+        Warns:
+            RunWarning: if physics on a GPU had no room for all contacts.
         """
-        self._divergence = None
-        with torch.no_grad(), torch_threads(1):
+        self._rollout.divergence = None
+        with torch.no_grad(), torch_threads(1), as_it_comes():
             parts = []
             for start in range(0, len(tasks), self._tasks):
                 rows = slice(start, start + self._tasks)
                 part = {name: p[rows] for name, p in params.items()}
-                parts.append(self._sample_tasks(part, tasks[rows], seeds[rows], start))
+                parts.append(self._sample_tasks(part, tasks[rows].cpu(), seeds[rows], start))
             episodes = join_episodes(parts)
+        trouble = self._rollout.trouble()
+        if trouble:
+            warnings.warn(trouble, RunWarning, stacklevel=2)
         broken = int(episodes.diverged.sum())
         sampled = int((episodes.diverged | episodes.alive[:, :, 0]).sum())
         if broken > self._max_diverged * sampled:
             raise SamplingError(
                 f"the simulation broke down in {broken} of {sampled} episodes, and at most "
                 f"{100 * self._max_diverged:g} % may (sampling.max_diverged)",
-                self._divergence,
+                self._rollout.divergence,
             )
         return episodes
 
     def _sample_tasks(self, params: Params, tasks: Tensor, seeds: Seeds, offset: int) -> Episodes:
         """Sample the tasks that fit at once: one wave, or waves until each has enough steps."""
-        M, K, H = len(tasks), self._episodes, self.family.episode_steps
+        M, K, H = len(tasks), self._loop.episodes, self._loop.family.episode_steps
         wanted = torch.full((M,), K)
         taken = torch.zeros(M, dtype=torch.int64)
         live = torch.zeros(M, dtype=torch.int64)
@@ -189,7 +182,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         # A wave of K episodes has at least K live steps, so H waves suffice unless simulations
         # diverge at their first step. Where they keep doing so, what there is has to do.
         for _ in range(3 * H):
-            wave = self._rollout(params, tasks, seeds, taken, wanted, offset)
+            wave = self._rollout.run(Wave(params, tasks, seeds, taken.clone(), wanted, offset))
             waves.append(wave)
             used.append(torch.arange(K) < wanted.unsqueeze(1))
             taken += wanted
@@ -199,7 +192,7 @@ class Sampler(AbstractContextManager["Sampler"]):
                 raise SamplingError(
                     f"task {offset + task} (seed {seeds[task]}): the simulation diverged at the "
                     "first step of every episode",
-                    self._divergence,
+                    self._rollout.divergence,
                 )
             if self._count == "episodes":
                 break
@@ -211,139 +204,9 @@ class Sampler(AbstractContextManager["Sampler"]):
                 break
         return join_waves(waves, torch.cat(used, 1))
 
-    def _rollout(
-        self,
-        params: Params,
-        tasks: Tensor,
-        seeds: Seeds,
-        taken: Tensor,
-        wanted: Tensor,
-        offset: int,
-    ) -> Episodes:
-        """Run the next `wanted` (M,) of K slots of each task for one episode, all in lockstep.
-
-        Products always have K rows a task, used or not, so that a task's bits depend on neither
-        the other tasks nor on how many episodes are still wanted.
-        """
-        M, K, H = len(tasks), self._episodes, self.family.episode_steps
-        A, Q = self.policy.action_size, len(self.family.measure_columns)
-        told = tasks.cpu().unsqueeze(1).expand(M, K, -1)
-        width = len(self.family.observation_columns) + told.shape[2] * self.policy.observes_task
-        running = (torch.arange(K) < wanted.unsqueeze(1)).flatten()
-        starts, noise = self._draw(seeds, taken, running.reshape(M, K))
-        out = Episodes(
-            observations=torch.zeros(M, K, H, width),
-            actions=torch.zeros(M, K, H, A),
-            rewards=torch.zeros(M, K, H),
-            alive=torch.zeros(M, K, H, dtype=torch.bool),
-            log_probs=torch.zeros(M, K, H),
-            measures=torch.zeros(M, K, H, Q),
-            diverged=torch.zeros(M, K, dtype=torch.bool),
-        )
-        device = next(iter(params.values())).device
-        noise = noise.to(device)
-        std = torch.exp(log_std(params)).unsqueeze(1)
-        spare = self._worlds.count - M * K
-
-        def widen(values: Tensor) -> Tensor:
-            """Add rows for worlds that a batch of fewer tasks leaves idle."""
-            return (
-                values
-                if spare == 0
-                else torch.cat([values, values.new_zeros(spare, *values.shape[1:])])
-            )
-
-        world_tasks = widen(tasks.cpu().repeat_interleave(K, 0))
-        padded_starts = np.concatenate([starts, np.zeros((spare, starts.shape[1]))])
-        where = widen(running)
-        observations = self._worlds.reset(world_tasks, padded_starts, where)[: M * K]
-        if self._watch is not None:
-            self._watch(self._worlds, None, where)
-        for t in range(H):
-            rows_now = observations.reshape(M, K, -1)
-            if self.policy.observes_task:
-                rows_now = torch.cat([rows_now, told], 2)
-            means = self.policy.network.of_tasks(params, rows_now.to(device))
-            actions = means + std * noise[:, :, t]
-            if not bool(torch.isfinite(actions).all()):
-                self._refuse_actions(actions.cpu(), where[: M * K].reshape(M, K), seeds, offset, t)
-            out.observations[:, :, t] = rows_now
-            out.actions[:, :, t] = actions.to("cpu")
-            everyone = bool(where.all())
-            controls = self._controls(out.actions[:, :, t]).reshape(M * K, A)
-            step = self._worlds.step(widen(controls), None if everyone else where)
-            if self._watch is not None:
-                self._watch(self._worlds, step, where)
-            good = where & ~step.diverged
-            out.rewards[:, :, t] = step.rewards[: M * K].reshape(M, K)
-            out.alive[:, :, t] = good[: M * K].reshape(M, K)
-            out.measures[:, :, t] = step.measures[: M * K].reshape(M, K, Q)
-            broken = (where & step.diverged)[: M * K].reshape(M, K)
-            out.diverged.logical_or_(broken)
-            if self._divergence is None and bool(broken.any()):
-                m, k = broken.nonzero()[0].tolist()
-                self._divergence = Divergence(
-                    task_index=offset + m,
-                    task_seed=int(seeds[m]),
-                    episode=int(taken[m]) + k,
-                    task=tasks[m].double().numpy(),
-                    start=starts.reshape(M, K, -1)[m, k],
-                    actions=self._controls(out.actions[m, k, : t + 1]).double().numpy(),
-                )
-            where = good & ~step.terminated
-            observations = step.observations[: M * K]
-            if not everyone and not bool(where.any()):
-                break
-        # log N(a; mean, std) with a = mean + std noise.
-        constant = 0.5 * math.log(2.0 * math.pi)
-        logs = log_std(params).cpu()[:, None, None]
-        out.log_probs.copy_((-0.5 * noise.cpu().square() - logs - constant).sum(-1))
-        if device.type == "cpu":
-            return out
-        return Episodes(**{name: value.to(device) for name, value in vars(out).items()})
-
-    def _controls(self, actions: Tensor) -> Tensor:
-        """Return actions (..., A) of the policy in the body's own unit, not clipped."""
-        return self._middle + self._half * actions
-
-    def _draw(
-        self, seeds: Seeds, taken: Tensor, used: Tensor
-    ) -> tuple[npt.NDArray[np.float64], Tensor]:
-        """Draw starts (M K, S) and action noise (M, K, H, A), each episode's from its index."""
-        M, K = used.shape
-        H, A = self.family.episode_steps, self.policy.action_size
-        noise = np.zeros((M, K, H, A), np.float32)
-        starts: npt.NDArray[np.float64] | None = None
-        for task in range(M):
-            for slot in range(int(used[task].sum())):
-                index = int(taken[task]) + slot
-                # Not a list of ints, which NumPy rounds to 53 bits where one is above 2^63.
-                key = np.array([seeds[task], index], np.uint64)
-                rng = np.random.Generator(np.random.Philox(key=key))
-                start = self.family.draw_start(rng)
-                if starts is None:
-                    starts = np.zeros((M, K, len(start)))
-                starts[task, slot] = start
-                if not self._deterministic:
-                    rng.standard_normal(dtype=np.float32, out=noise[task, slot])
-        assert starts is not None  # a wave has at least one episode
-        return starts.reshape(M * K, -1), torch.from_numpy(noise)
-
-    def _refuse_actions(
-        self, actions: Tensor, running: Tensor, seeds: Seeds, offset: int, t: int
-    ) -> None:
-        bad = (~torch.isfinite(actions).all(-1)) & running
-        if not bool(bad.any()):
-            return
-        task = int(bad.nonzero()[0][0])
-        raise ActionError(
-            f"the policy's action is not finite: task {offset + task} (seed {seeds[task]}), "
-            f"control step {t}"
-        )
-
     def close(self) -> None:
         """Release the worlds."""
-        self._worlds.close()
+        self._rollout.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()

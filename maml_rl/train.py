@@ -19,6 +19,7 @@ from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, State
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.config import Experiment, origin_of
+from maml_rl.devices import Device, Physics, reproducible
 from maml_rl.episodes import Episodes
 from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
@@ -28,12 +29,14 @@ from maml_rl.maml import (
     MetaReport,
     chunk_size,
     meta_iteration,
+    update_bytes,
 )
 from maml_rl.memory import check_memory, memory_to_sample, repeated_where_memory_fails
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.replay import dump_of
+from maml_rl.rollout import ActionError, SamplingError
 from maml_rl.runs import Row, RunFolder
-from maml_rl.sampler import ActionError, Sampler, SamplingError, task_generator, task_seeds
+from maml_rl.sampler import Sampler, task_generator, task_seeds
 from maml_rl.seeds import TRAINING
 from maml_rl.trained import (
     TrainedPolicy,
@@ -93,8 +96,16 @@ class Trainer:
                 action_scale=experiment.policy.action_scale,
                 max_diverged=settings.max_diverged,
                 threads=experiment.threads,
+                device=experiment.device,
+                physics=experiment.physics,
+                warp=experiment.warp,
             )
-        size = state.chunk_size or chunk_size(settings.tasks, experiment.device)
+        task_bytes = update_bytes(
+            policy,
+            settings.episodes * experiment.family.episode_steps,
+            experiment.adaptation.inner_steps,
+        )
+        size = state.chunk_size or chunk_size(settings.tasks, experiment.device, task_bytes)
         on_device = to_device(theta, experiment.device)
         return cls(experiment, policy, on_device, state, sampler, Chunks(experiment.threads, size))
 
@@ -128,7 +139,7 @@ class Trainer:
 
         began = time.perf_counter()
         # Tasks share the threads among them; torch's own would only get in their way.
-        with torch_threads(1):
+        with torch_threads(1), reproducible(experiment.device):
             updated, report = meta_iteration(
                 self.theta,
                 self.policy,
@@ -316,6 +327,8 @@ def resume(
     run: str | Path,
     *,
     iterations: int | None = None,
+    device: Device | None = None,
+    physics: Physics | None = None,
     mean: nn.Module | None = None,
     watch: Watcher | None = None,
 ) -> TrainedPolicy:
@@ -324,6 +337,8 @@ def resume(
     Args:
         run: the run folder.
         iterations: a new total.
+        device: where to go on, if not where it was.
+        physics: what to simulate with from here on, likewise.
         mean: the module that it was trained with, where that was not the MLP.
         watch: is told of every iteration.
 
@@ -336,7 +351,8 @@ def resume(
     try:
         if not folder.config.is_file():
             folder.restore_config()
-        experiment = experiment_of(folder)
+        own = experiment_of(folder)
+        experiment = replace(own, device=device or own.device, physics=physics or own.physics)
         policy, found = restore(folder, experiment, mean=mean)
         state = state_to_go_on(
             found.state, max_refused=experiment.max_refused, iterations=iterations, run=run

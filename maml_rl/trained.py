@@ -26,6 +26,7 @@ from maml_rl.config import (
     made_for,
     observation_size,
 )
+from maml_rl.devices import Device, Physics, check_place, device_for, physics_for
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.memory import check_policy_memory
@@ -156,10 +157,10 @@ def new_policy(experiment: Experiment[TaskFamily], mean: nn.Module | None = None
     """Return the untrained policy of an experiment, its mean an MLP or your own module.
 
     Raises:
-        InputError: if the experiment's device is not there, the policy is larger than memory, or
-            the module's output has not one number an action.
+        InputError: if the experiment's device or physics is not there, the policy is larger than
+            memory, or the module's output has not one number an action.
     """
-    check_device(experiment.device)
+    check_place(experiment.device, experiment.physics)
     check_policy_memory(experiment)
     family = experiment.family
     inputs, outputs = observation_size(experiment), len(family.action_columns)
@@ -182,7 +183,12 @@ def to_device(params: Params, device: str) -> Params:
 
 
 def load(
-    run: str | Path, *, checkpoint: str = "latest", mean: nn.Module | None = None
+    run: str | Path,
+    *,
+    checkpoint: str = "latest",
+    mean: nn.Module | None = None,
+    device: Device | None = None,
+    physics: Physics | None = None,
 ) -> TrainedPolicy:
     """Load a run's policy.
 
@@ -191,13 +197,32 @@ def load(
         checkpoint: "latest", "previous" or "best" (by training return after adaptation). Where
             "latest" is damaged the one before is loaded, with a RunWarning.
         mean: the module that it was trained with, where that was not the MLP.
+        device: where to use it; by default where it was trained, or on the CPU, with a RunWarning,
+            where that is not here.
+        physics: what to simulate with; by default likewise.
 
     Raises:
         InputError: if the folder is no run, its checkpoint is missing or damaged, or was made
-            for another family, protocol or size of policy.
+            for another family, protocol or size of policy, or device or physics is not here.
     """
     folder = RunFolder.open(Path(run))
-    return restore(folder, experiment_of(folder), checkpoint, mean)[0]
+    experiment = placed(experiment_of(folder), device, physics)
+    return restore(folder, experiment, checkpoint, mean)[0]
+
+
+def placed(
+    experiment: Experiment[TaskFamily], device: Device | None = None, physics: Physics | None = None
+) -> Experiment[TaskFamily]:
+    """Return an experiment as it is used here, to test or to show its policy.
+
+    Raises:
+        InputError: if device or physics is given and not here.
+
+    Warns:
+        RunWarning: if one is not given, and the experiment's own is not here.
+    """
+    there = device_for(experiment.device, device)
+    return replace(experiment, device=there, physics=physics_for(experiment.physics, physics))
 
 
 def experiment_of(folder: RunFolder) -> Experiment[TaskFamily]:
@@ -303,7 +328,7 @@ def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
     return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
 
 
-NO_MATTER = re.compile("iterations|threads|device")
+NO_MATTER = re.compile(r"iterations|threads|device|physics|warp\..*")
 """Settings that a run may be resumed with others of."""
 
 
@@ -319,14 +344,3 @@ def differing(
     ]
     more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
     return ", ".join(changed[:5] + more)
-
-
-def check_device(device: str) -> None:
-    """Raise InputError if the device is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        reason = (
-            "this torch is a CPU build"
-            if torch.version.cuda is None
-            else "torch finds no CUDA device"
-        )
-        raise InputError(f"device cuda is not there: {reason}; use --device cpu")

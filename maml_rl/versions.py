@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -11,12 +12,18 @@ from pathlib import Path
 
 from maml_rl._version import __version__
 
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("torch", "mujoco", "gymnasium", "numpy"),
+    "warp": ("torch", "mujoco", "mujoco-warp", "warp-lang", "gymnasium", "numpy"),
+}
+"""What a result depends on, by what simulates."""
+
 
 @functools.cache
-def versions() -> Mapping[str, str]:
+def versions(physics: str = "cpu") -> Mapping[str, str]:
     """Return versions of everything a result depends on, and the git commit if there is one."""
     found = {"python": platform.python_version(), "maml-rl": __version__}
-    for package in ("torch", "mujoco", "gymnasium", "numpy"):
+    for package in PACKAGES[physics]:
         found[package] = importlib.metadata.version(package)
     commit = git_commit()
     return found | ({"git": commit} if commit else {})
@@ -48,7 +55,10 @@ def differences(saved: Mapping[str, str]) -> list[str]:
     The commit is left out, which changes with every edit of a text, and Python's version, on
     which no number depends.
     """
-    here = versions()
+    here = dict(versions())
+    for package in saved.keys() - here.keys() - {"git"}:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            here[package] = importlib.metadata.version(package)
     return [
         f"{name} {version} (here {here.get(name, 'absent')})"
         for name, version in saved.items()

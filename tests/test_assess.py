@@ -81,9 +81,9 @@ def elsewhere(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @functools.cache
-def loaded(run_folder: Path, checkpoint: str = "latest") -> Subject:
+def loaded(run_folder: Path, checkpoint: str = "latest", *place: None) -> Subject:
     """A run, read once for all tests."""
-    return load_subject(run_folder, checkpoint)
+    return load_subject(run_folder, checkpoint, *place)
 
 
 def written(folder: Path) -> dict[Path, int]:

@@ -31,8 +31,9 @@ from maml_rl.cli import run
 from maml_rl.comparison import Outcome
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
+from maml_rl.rollout import SamplingError
 from maml_rl.runs import Row
-from maml_rl.sampler import SamplingError, task_generator
+from maml_rl.sampler import task_generator
 from maml_rl.seeds import TEST_SEED, VALIDATION
 from maml_rl.signals import Terminated
 from maml_rl.task_sets import TaskSet, held_out, papers_own

@@ -69,6 +69,8 @@ RANGES = {
     "sampling.episodes": Range(1, 10**5),
     "sampling.tasks_at_once": Range(0, 10**5),
     "sampling.max_diverged": Range(0.0, 1.0),
+    "warp.njmax": Range(0, 10**5),
+    "warp.nconmax": Range(0, 10**5),
     "advantages.discount": Range(0.0, 1.0),
     "advantages.gae_lambda": Range(0.0, 1.0),
     "adaptation.inner_steps": Range(0, 100),

@@ -20,7 +20,8 @@ from maml_rl.cli import run
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.replay import read_dump
-from maml_rl.sampler import Sampler, SamplingError, task_generator, task_seeds
+from maml_rl.rollout import SamplingError
+from maml_rl.sampler import Sampler, task_generator, task_seeds
 from maml_rl.seeds import TRAINING
 from maml_rl.train import meta_train
 from maml_rl.trained import new_policy

@@ -20,11 +20,10 @@ from maml_rl.adapt import Params, broadcast
 from maml_rl.chunks import torch_threads
 from maml_rl.episodes import Episodes
 from maml_rl.policy import LOG_STD, GaussianPolicy, PolicySettings, make_policy
+from maml_rl.rollout import HostRollout, SamplingError, Seeds
 from maml_rl.sampler import (
     Sampler,
-    SamplingError,
     SamplingSettings,
-    Seeds,
     task_generator,
     task_seeds,
 )
@@ -432,7 +431,8 @@ def test_actions_are_mapped_from_minus_1_and_1_to_the_bounds(action_scale: float
     sampler = Sampler(family, policy, tasks=2, episodes=K, action_scale=action_scale)
     tasks, theta = torch.zeros(2, 3), policy.initial_parameters(0)
     episodes = sampler.sample(broadcast(theta, 2), tasks, task_seeds(TRAINING, 0, 0, 0, 2))
-    worlds = sampler._worlds
+    assert isinstance(sampler._rollout, HostRollout)
+    ((_, worlds),) = sampler._rollout._lanes
     assert isinstance(worlds, ScriptedWorlds)
     controls = torch.stack(worlds.controls, 1).reshape(2, K, 6, 3)
     middle, half = torch.tensor([2.0, 0.5, 25.0]), torch.tensor([4.0, 0.5, 15.0])

@@ -44,7 +44,19 @@ def test_the_same_seed_gives_the_same_parameters_bit_for_bit(name: str) -> None:
 def test_chunks_divide_the_tasks_evenly(tasks: int, size: int) -> None:
     """On a CPU the largest of 4, 3, 2, 1 that divides them; on a GPU all at once."""
     assert chunk_size(tasks, "cpu") == size
+    assert chunk_size(tasks, "cpu", 10**15) == size
     assert chunk_size(tasks, "cuda") == tasks
+
+
+@pytest.mark.parametrize(
+    ("task_bytes", "size"), [(1, 40), (20, 40), (21, 20), (41, 14), (799, 1), (10**9, 1)]
+)
+def test_on_a_gpu_chunks_fit_in_its_free_memory(
+    task_bytes: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 tasks in four fifths of 1000 bytes, in chunks as alike as can be."""
+    monkeypatch.setattr("maml_rl.maml.free_bytes", lambda device: 1000)
+    assert chunk_size(40, "cuda", task_bytes) == size
 
 
 def test_parameters_change_and_metrics_add_up(tmp_path: Path) -> None:

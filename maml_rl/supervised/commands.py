@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from maml_rl.cli_shared import Switch, command_line, going_on, refuse_options
+from maml_rl.devices import Device, check_place
 from maml_rl.errors import InputError, refusal
 from maml_rl.results import results_folder
 from maml_rl.runs import Row, RunFolder
@@ -26,7 +27,6 @@ from maml_rl.supervised.evaluate import Outcome, load_subjects, outcomes_of, own
 from maml_rl.supervised.results import notes_of, shown, tables_of, write_results
 from maml_rl.supervised.train import meta_train, resume
 from maml_rl.terminal import watching
-from maml_rl.trained import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def train_supervised(
         settings, TrainOptions, arguments, f"maml-rl train {target}"
     )
     say = printer(console, options.quiet)
-    check_device(experiment.device)
+    check_place(experiment.device)
     path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
     RunFolder.check_free(path)
     if options.init is not None:
@@ -98,12 +98,25 @@ def numbers_that_matter(row: Row) -> str:
 
 
 def resume_supervised(
-    run: Path, *, iterations: int | None, root: str | None, quiet: bool, console: Console
+    run: Path,
+    *,
+    iterations: int | None,
+    root: str | None,
+    device: Device | None,
+    quiet: bool,
+    console: Console,
 ) -> None:
     """`maml-rl resume` of a supervised run."""
     with going_on(command_line("resume", run), run):
         with watching(console, quiet, numbers_that_matter) as watch:
-            resume(run, iterations=iterations, root=root, watch=watch, say=printer(console, quiet))
+            resume(
+                run,
+                iterations=iterations,
+                root=root,
+                device=device,
+                watch=watch,
+                say=printer(console, quiet),
+            )
         report_run(console, run, root, quiet=quiet)
 
 
@@ -121,6 +134,7 @@ def evaluate_supervised(
     *,
     checkpoint: str,
     root: str | None,
+    device: Device | None,
     out: Path | None,
     steps: int | None,
     shots: Sequence[int],
@@ -135,6 +149,7 @@ def evaluate_supervised(
         runs: run folders.
         checkpoint: which of each.
         root: where their images are now, if not where they were.
+        device: where to test them, if not where they were trained.
         out: where to write.
         steps: gradient steps; None is as the first run's experiment says.
         shots: examples to adapt to, a test each; none is likewise.
@@ -143,7 +158,7 @@ def evaluate_supervised(
         quiet: whether to print nothing but errors.
         console: where to print.
     """
-    subjects = load_subjects(runs, checkpoint, root)
+    subjects = load_subjects(runs, checkpoint, root, device)
     folder = results_folder(runs, out, usual=usual)
     settings = subjects[0].experiment.evaluation
     try:

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import yaml
 
 from maml_rl.checkpoints import Origin
 from maml_rl.config import check_name, find_experiment, is_supervised, named_tree
+from maml_rl.devices import Device
 from maml_rl.errors import InputError, refusal
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.settings import Choice, as_flags, for_tyro, parse_with_tyro, words_of
@@ -116,7 +117,7 @@ class SupervisedExperiment(Generic[P]):
     """Iterations that a row of metrics and a checkpoint stand for."""
     seed: int = 0
     """Of everything random; the test tasks are the same for every seed."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where the network is."""
     threads: int = 0
     """Threads that chunks of tasks go through on; 0 is one a core."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from maml_rl.chunks import Chunks
+from maml_rl.devices import Device
 from maml_rl.errors import InputError, RunStopped, refusal
 from maml_rl.memory import repeated_where_memory_fails
 from maml_rl.runs import RunFolder
@@ -27,7 +28,7 @@ from maml_rl.supervised.config import SupervisedExperiment, TestSettings
 from maml_rl.supervised.networks import OwnNetwork
 from maml_rl.supervised.sinusoid import Sinusoid
 from maml_rl.supervised.tasks import Batch, Problem, Split, TaskSource, task_generator
-from maml_rl.supervised.trained import LearnedNetwork, experiment_of, restore
+from maml_rl.supervised.trained import LearnedNetwork, experiment_of, placed, restore
 from maml_rl.trained import differing
 
 Floats = npt.NDArray[np.float64]
@@ -125,7 +126,10 @@ class Outcome:
 
 
 def load_subjects(
-    runs: Sequence[Path], checkpoint: str = "latest", root: str | None = None
+    runs: Sequence[Path],
+    checkpoint: str = "latest",
+    root: str | None = None,
+    device: Device | None = None,
 ) -> list[Subject]:
     """Load networks to be tested side by side.
 
@@ -135,7 +139,8 @@ def load_subjects(
     subjects = []
     for run in runs:
         folder = RunFolder.open(run)
-        learned, found = restore(folder, experiment_of(folder, root), checkpoint)
+        experiment = placed(experiment_of(folder, root), device)
+        learned, found = restore(folder, experiment, checkpoint)
         subjects.append(Subject(run, learned, found.state.iteration))
     first, problem = subjects[0], subjects[0].experiment.data
     for subject in subjects[1:]:

@@ -63,7 +63,7 @@ from maml_rl.supervised.results import STATISTICS, notes_of, shown, write_result
 from maml_rl.supervised.sinusoid import Sinusoid
 from maml_rl.supervised.stored import stored_test
 from maml_rl.supervised.tasks import Problem
-from maml_rl.supervised.trained import experiment_of, restore
+from maml_rl.supervised.trained import experiment_of, placed, restore
 from maml_rl.terminal import step_words
 from maml_rl.versions import versions
 
@@ -171,7 +171,7 @@ def without_images(
     subjects = []
     for run in targets:
         folder = RunFolder.open(run)
-        experiment = experiment_of(folder, root)
+        experiment = placed(experiment_of(folder, root))
         if not isinstance(experiment.data, FewShotImages):
             raise why
         learned, found = restore(folder, experiment, checkpoint, tasks=gone)

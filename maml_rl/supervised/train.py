@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, Checkpoint, State
+from maml_rl.devices import Device
 from maml_rl.errors import InputError
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.runs import RunFolder
@@ -90,7 +90,7 @@ def meta_learn(
     adaptation: InnerLoopSettings | None = None,
     outer: OuterLoopSettings | None = None,
     seed: int = 0,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     record_every: int = 100,
     name: str = OwnTasks.name,
     out: str | Path | None = None,
@@ -140,6 +140,7 @@ def resume(
     *,
     iterations: int | None = None,
     root: str | None = None,
+    device: Device | None = None,
     network: nn.Module | None = None,
     tasks: TaskSampler | None = None,
     watch: Watcher | None = None,
@@ -151,6 +152,7 @@ def resume(
         run: the run folder.
         iterations: a new total.
         root: where its images are now, if not where they were.
+        device: where to go on, if not where it was.
         network: the module that it was trained with, where that was your own.
         tasks: the function that draws its tasks, where that was your own.
         watch: is told of every row of metrics.
@@ -165,7 +167,8 @@ def resume(
     try:
         if not folder.config.is_file():
             folder.restore_config()
-        experiment = experiment_of(folder, root)
+        own = experiment_of(folder, root)
+        experiment = replace(own, device=device or own.device)
         if network is None:
             check_memory(experiment)
         learned, found = restore(folder, experiment, network=network, tasks=tasks, say=say)

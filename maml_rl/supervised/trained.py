@@ -16,6 +16,7 @@ from torch.func import vmap
 
 from maml_rl.adapt import Params, broadcast
 from maml_rl.checkpoints import Checkpoint
+from maml_rl.devices import Device, check_place, device_for
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.plain_yaml import parse_yaml
 from maml_rl.runs import RunFolder
@@ -31,7 +32,7 @@ from maml_rl.supervised.learner import Learner
 from maml_rl.supervised.networks import Network, OwnNetwork
 from maml_rl.supervised.own import OwnSource, OwnTasks, TaskSampler, as_examples
 from maml_rl.supervised.tasks import Batch, Examples, Problem, TaskSource, floats, silent
-from maml_rl.trained import check_device, describe, differing, from_config, to_device
+from maml_rl.trained import describe, differing, from_config, to_device
 from maml_rl.versions import differences
 
 NO_MATTER = re.compile(r"iterations|threads|device|record_every|data\.root|data\.cache")
@@ -157,7 +158,7 @@ def new_network(
     Raises:
         InputError: if the device or the data are not there, or network and data do not fit.
     """
-    check_device(experiment.device)
+    check_place(experiment.device)
     problem, settings = experiment.data, experiment.adaptation
     source: TaskSource = (
         problem.open(say) if tasks is None else OwnSource(tasks, classifies=problem.classifies)
@@ -212,6 +213,7 @@ def load(
     *,
     checkpoint: str = "latest",
     root: str | None = None,
+    device: Device | None = None,
     network: nn.Module | None = None,
     tasks: TaskSampler | None = None,
 ) -> LearnedNetwork:
@@ -221,6 +223,8 @@ def load(
         run: the run folder.
         checkpoint: "latest", "previous" or "best" (by its score on validation tasks).
         root: where its images are now, if not where they were.
+        device: where to use it; by default where it was trained, or on the CPU, with a RunWarning,
+            where that is not here.
         network: the module of your own that it was trained with.
         tasks: the function of your own that draws its tasks.
 
@@ -229,7 +233,7 @@ def load(
             for something else, or its data are not there.
     """
     folder = RunFolder.open(Path(run))
-    experiment = experiment_of(folder, root)
+    experiment = placed(experiment_of(folder, root), device)
     return restore(folder, experiment, checkpoint, network=network, tasks=tasks)[0]
 
 
@@ -247,6 +251,13 @@ def experiment_of(folder: RunFolder, root: str | None = None) -> SupervisedExper
             f"{folder.path} learns {experiment.data.name}, which has no images to find"
         )
     return replace(experiment, data=replace(experiment.data, **{"root": root}))
+
+
+def placed(
+    experiment: SupervisedExperiment[Problem], device: Device | None = None
+) -> SupervisedExperiment[Problem]:
+    """Return an experiment as it is used here, to test its network; see `device_for`."""
+    return replace(experiment, device=device_for(experiment.device, device))
 
 
 def restore(
