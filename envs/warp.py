@@ -388,6 +388,18 @@ class WarpPhysics:
         self.diverged = (broken | (wanting != 0)) & stepped
         self._refresh_sensors()
 
+    def bare_step(self, ctrl: Tensor, substeps: int) -> None:
+        """Let mujoco_warp step all worlds, and do nothing else: what speeds are measured against.
+
+        What goes wrong goes unnoticed, and sensors are not refreshed.
+        """
+        self._ctrl.copy_(ctrl)
+        self._switch_sensors(on=False)
+        with self._on_device():
+            for _ in range(substeps):
+                mjw.step(self._model, self._data)
+        self._switch_sensors(on=True)
+
     def _switch_sensors(self, *, on: bool) -> None:
         bit = int(mjw.DisableBit.SENSOR)
         flags = self._model.opt.disableflags

@@ -47,6 +47,10 @@ class Chunks:
             # After a fork: the parent's threads are not here.
             self._start_threads()
         size = self.size or tasks
+        if size >= tasks:
+            # Nothing to share: on a GPU, where this is usual, a thread would only be in the way.
+            with torch_threads(1):
+                return [function(0, tasks)]
         starts = range(0, tasks, size)
         return list(self._pool.map(lambda s: function(s, min(s + size, tasks)), starts))
 

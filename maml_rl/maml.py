@@ -207,11 +207,12 @@ class MetaObjective:
         return start // (self._chunks.size or self._tasks)
 
     def _sum(self, terms: Callable[[int, int], Tensor]) -> Tensor:
-        """Add chunks' terms (chunk, d) in task order, in float64."""
+        """Add chunks' terms (chunk, d) in float64: on a CPU in task order, whatever the chunks."""
         parts = self._chunks.map(terms, self._tasks)
         total = torch.zeros(parts[0].shape[-1], dtype=torch.float64, device=parts[0].device)
         for part in parts:
-            for term in part:
+            # On a GPU every addition would be a launch.
+            for term in part if part.device.type == "cpu" else [part.double().sum(0)]:
                 total += term
         return total
 

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
+import mujoco
 import numpy as np
 import torch
 from rich.table import Table
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from envs.family import decided
 from envs.locomotion import LocomotionFamily
-from envs.physics import CpuPhysics
+from envs.physics import CpuPhysics, Physics
 from maml_rl.adapt import broadcast
 from maml_rl.assess import evaluate_policy
 from maml_rl.checkpoints import FRESH
@@ -45,9 +47,9 @@ class Bench:
     trainer: Trainer
 
     @classmethod
-    def of(cls, name: str, tasks: int, threads: int) -> Bench:
+    def of(cls, name: str, tasks: int, threads: int, **settings: object) -> Self:
         """Set up a shipped experiment with so many tasks; episodes counted, nothing subsampled."""
-        loaded = load_experiment(name, sampling__tasks=tasks, threads=threads)
+        loaded = load_experiment(name, sampling__tasks=tasks, threads=threads, **settings)
         experiment = replace(loaded, sampling=replace(loaded.sampling, count="episodes"))
         fresh = new_policy(experiment)
         return cls(Trainer.build(experiment, fresh.policy, fresh.params, FRESH))
@@ -65,10 +67,16 @@ class Bench:
         drawn = experiment.family.sample_tasks(tasks, task_generator(TRAINING, 0, 0))
         params = broadcast(trainer.theta, tasks)
         seeds = task_seeds(TRAINING, 0, 0, 0, tasks)
-        began = time.perf_counter()
+        began = self.now()
         episodes = trainer.sampler.sample(params, torch.from_numpy(drawn), seeds)
-        seconds = time.perf_counter() - began
+        seconds = self.now() - began
         return seconds, episodes.actions / experiment.policy.action_scale
+
+    def now(self) -> float:
+        """Return the time, s, when a GPU has done what it was given."""
+        if self.trainer.experiment.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def bare_physics(self, actions: Tensor) -> float:
         """Return seconds of stepping the same number of worlds through the same actions."""
@@ -76,22 +84,34 @@ class Bench:
         assert isinstance(family, LocomotionFamily)
         M, K, H, A = actions.shape
         model = family.build_model(family.sensors)
-        physics = CpuPhysics(model, M * K, threads=self.trainer.experiment.threads)
+        physics = self.make_physics(model, M * K)
         rng = np.random.default_rng(0)
         noise = torch.from_numpy(np.stack([family.draw_start(rng) for _ in range(M * K)]))
         start = torch.from_numpy(family.start_positions(model))
-        physics.set_state(start + noise[:, : model.nq], noise[:, model.nq :])
         controls = actions.clamp(-1, 1).reshape(M * K, H, A).transpose(0, 1).contiguous()
-        began = time.perf_counter()
+        controls = controls.to(physics.device)
+        step = self.bare_step(physics, torch.zeros_like(controls[0]), decided(family.frame_skip))
+        physics.set_state(start + noise[:, : model.nq], noise[:, model.nq :])
+        began = self.now()
         for ctrl in controls:
-            physics.step(ctrl, decided(family.frame_skip))
-        return time.perf_counter() - began
+            step(ctrl)
+        return self.now() - began
+
+    def make_physics(self, model: mujoco.MjModel, worlds: int) -> Physics:
+        """Make worlds like the sampler's."""
+        return CpuPhysics(model, worlds, threads=self.trainer.experiment.threads)
+
+    def bare_step(
+        self, physics: Physics, ctrl: Tensor, substeps: int
+    ) -> Callable[[Tensor], object]:
+        """Return what does a control step with controls (N, A); `ctrl` is room for them."""
+        return lambda controls: physics.step(controls, substeps)
 
     def iteration(self) -> tuple[float, float, float]:
         """Do one meta-iteration; return its seconds, and those of sampling and updating."""
-        began = time.perf_counter()
+        began = self.now()
         row = self.trainer.step()
-        seconds = time.perf_counter() - began
+        seconds = self.now() - began
         return seconds, float(row["seconds_sampling"]), float(row["seconds_updating"])
 
     def test(self, tasks: int) -> float:
