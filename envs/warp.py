@@ -261,6 +261,8 @@ class WarpPhysics:
         self._nconmax = settings.nconmax or enough.nconmax
         self._njmax = settings.njmax or enough.njmax
         self._device = torch.device(device)
+        if str(self._device) == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._wp_device = wp.device_from_torch(self._device)
         self._streams: dict[int, wp.Stream] = {}
         with self._on_device():
@@ -282,6 +284,13 @@ class WarpPhysics:
         self._warm_start: Tensor = wp.to_torch(data.qacc_warmstart)
         self._activation: Tensor = wp.to_torch(data.act)
         self._time: Tensor = wp.to_torch(data.time)
+        # The solver multiplies rows of constraints that are gone by zero, which a NaN survives: it
+        # would break a world down again after it was put back.
+        jacobian: Tensor = wp.to_torch(data.efc.J)
+        self._forgotten = (
+            *(self._ctrl, self._qacc, self._warm_start, self._activation, self._time),
+            jacobian,
+        )
         self._overflow: Tensor = wp.to_torch(data.overflow)
         self._sensors: Tensor = wp.to_torch(data.sensordata)
         self._overflowed = torch.zeros_like(self._overflow)
@@ -355,9 +364,8 @@ class WarpPhysics:
         rows = chosen.unsqueeze(1)
         self.qpos.copy_(torch.where(rows, qpos.to(self.qpos), self.qpos))
         self.qvel.copy_(torch.where(rows, qvel.to(self.qvel), self.qvel))
-        for field in (self._ctrl, self._qacc, self._warm_start, self._activation):
-            field.masked_fill_(rows, 0.0)
-        self._time.masked_fill_(chosen, 0.0)
+        for field in self._forgotten:
+            field.masked_fill_(chosen.reshape(-1, *[1] * (field.ndim - 1)), 0.0)
 
     def step(self, ctrl: Tensor, substeps: int, where: Tensor | None = None) -> None:
         """Apply controls (N, nu) for `substeps` steps of the model, and refresh the sensors."""

@@ -198,7 +198,19 @@ def describe(experiment: Experiment[TaskFamily]) -> str:
         f"{experiment.iterations} iterations of {sampling.tasks} tasks x {sampling.episodes} "
         f"episodes x {family.episode_steps} control steps, "
         + (f"before and {step_words(inner)}." if inner else "without adaptation.")
+        + place_words(experiment)
     )
+
+
+def place_words(experiment: Experiment[TaskFamily]) -> str:
+    """Return in a sentence where it is trained; empty if that is the CPU alone."""
+    policy = f"the policy is on {experiment.device}"
+    if experiment.physics == "warp":
+        return (
+            f" Physics by mujoco_warp, and {policy}. Kernels are compiled first, once on a "
+            "machine, which takes a while."
+        )
+    return "" if experiment.device == "cpu" else f" Physics on CPU threads, and {policy}."
 
 
 def resume_command(words: Sequence[str], console: Console) -> None:

@@ -58,7 +58,8 @@ class Tape:
     def episodes(self, name: str, tasks: int) -> Tensor:
         """Return what was written of the first tasks, (M, K, H, ...), a copy."""
         value: Tensor = getattr(self, name)
-        return value[:, :tasks].movedim(0, 2).contiguous()
+        # Not `contiguous`, which of one step, or of one world, would be the tape itself.
+        return value[:, :tasks].movedim(0, 2).clone(memory_format=torch.contiguous_format)
 
 
 class DeviceRollout:

@@ -19,7 +19,7 @@ from envs.family import TaskFamily, WarpSettings
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings
 from maml_rl.chunks import Chunks
-from maml_rl.devices import Physics
+from maml_rl.devices import Physics, reproducible
 from maml_rl.episodes import Episodes, pack
 from maml_rl.maml import (
     AdaptationSettings,
@@ -189,6 +189,7 @@ def evaluate(
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
     with (
+        reproducible(device),
         Chunks(threads, size) as chunks,
         Sampler(
             family,

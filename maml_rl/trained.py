@@ -26,7 +26,14 @@ from maml_rl.config import (
     made_for,
     observation_size,
 )
-from maml_rl.devices import Device, Physics, check_place, device_for, physics_for
+from maml_rl.devices import (
+    Device,
+    Physics,
+    check_place,
+    device_for,
+    physics_for,
+    reproducible,
+)
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
 from maml_rl.memory import check_policy_memory
@@ -94,6 +101,7 @@ class TrainedPolicy:
         settings = replace(experiment.evaluation, steps=steps)
         params = self.params
         with (
+            reproducible(params[LOG_STD].device.type),
             Chunks(experiment.threads) as chunks,
             Sampler(
                 family,

@@ -25,6 +25,7 @@ ALGORITHM = frozenset(
         "episodes",
         "losses",
         "maml",
+        "noise",
         "policy",
         "seeds",
         "stateless",

@@ -1,10 +1,16 @@
-"""A batch of worlds, bit for bit against one MjData a world and plain mj_step."""
+"""A batch of worlds against one MjData a world and plain mj_step.
+
+On CPU threads bit for bit; by mujoco_warp, in float32, within what rounding makes of four steps.
+What a backend promises of its own numbers is bit for bit for both.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +21,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from envs.physics import CpuPhysics
+from envs.physics import CpuPhysics, Physics
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -46,6 +52,18 @@ class Plan(NamedTuple):
     qvel: Floats  # (N, nv)
     ctrl: Floats  # (T, N, nu)
     stepped: Mask  # (T, N)
+
+    def rounded(self, number: npt.DTypeLike) -> Plan:
+        """The plan in numbers that a backend can be given exactly."""
+        qpos, qvel, ctrl = (part.astype(number).astype(np.float64) for part in self[:3])
+        return Plan(qpos, qvel, ctrl, self.stepped)
+
+    def without_pauses(self) -> Plan:
+        """Every world's steps at once, and when it has had them, steps without control."""
+        order = np.argsort(~self.stepped, axis=0, kind="stable")
+        driven = np.where(self.stepped[:, :, None], self.ctrl, 0.0)
+        ctrl = np.take_along_axis(driven, order[:, :, None], axis=0)
+        return self._replace(ctrl=ctrl, stepped=np.ones_like(self.stepped))
 
 
 def make_plan(model: mujoco.MjModel, *, masked: bool = False, seed: int = 3) -> Plan:
@@ -99,8 +117,8 @@ def plain(model: mujoco.MjModel, plan: Plan, substeps: int) -> History:
     return History(*(np.swapaxes(field, 0, 1) for field in fields))
 
 
-def batched(physics: CpuPhysics, plan: Plan, substeps: int) -> History:
-    """The same plan through CpuPhysics, closed loop; the idle worlds' controls are poison."""
+def batched(physics: Physics, plan: Plan, substeps: int) -> History:
+    """The same plan through a batch, closed loop; the idle worlds' controls are poison."""
     physics.set_state(torch.from_numpy(plan.qpos), torch.from_numpy(plan.qvel))
     fields: list[list[Floats]] = [[], [], []]
     for t in range(STEPS + 1):
@@ -109,22 +127,83 @@ def batched(physics: CpuPhysics, plan: Plan, substeps: int) -> History:
             ctrl = torch.from_numpy(np.where(stepped[:, None], plan.ctrl[t - 1], 99.0))
             physics.step(ctrl, substeps, None if stepped.all() else torch.from_numpy(stepped))
             assert not physics.diverged.any()
-        fields[0].append(physics.qpos.numpy().copy())
-        fields[1].append(physics.qvel.numpy().copy())
-        fields[2].append(readings(physics))
+        for field, values in zip(fields, present(physics), strict=True):
+            field.append(values)
     return History(*(np.array(field) for field in fields))
 
 
-def readings(physics: CpuPhysics) -> Floats:
+def readings(physics: Physics) -> Floats:
     """Every sensor of the model by name, side by side, (N, nsensordata)."""
     names = [physics.model.sensor(i).name for i in range(physics.model.nsensor)]
-    parts = [physics.sensor(name).numpy() for name in names]
+    parts = [physics.sensor(name).double().numpy() for name in names]
     return np.concatenate([np.zeros((physics.count, 0)), *parts], axis=1)
+
+
+def present(physics: Physics) -> History:
+    """Copies of what a batch says now, (N, ...); float64 holds every float32."""
+    qpos, qvel = (field.double().numpy().copy() for field in (physics.qpos, physics.qvel))
+    return History(qpos, qvel, readings(physics))
 
 
 def assert_same_bits(got: History, expected: History) -> None:
     for name, a, b in zip(History._fields, got, expected, strict=True):
         np.testing.assert_array_equal(a.view(np.int64), b.view(np.int64), err_msg=name)
+
+
+class Widths(NamedTuple):
+    """How far numbers may be from others: |a - b| <= width (1 + |b|)."""
+
+    qpos: float
+    qvel: float
+    sensors: float
+
+
+def assert_near(widths: Widths, got: History, expected: History) -> None:
+    for name, width, a, b in zip(Widths._fields, widths, got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=width, atol=width, err_msg=name)
+
+
+class Backend(NamedTuple):
+    """A way to step worlds, and how near it comes to a plain loop."""
+
+    make: Callable[[mujoco.MjModel, int], Physics]
+    number: npt.DTypeLike
+    """What it calculates in."""
+    compare: Callable[[History, History], None]
+    """Its history with that of the plain loop."""
+    rounding: float
+    """Of a reading that is 1."""
+
+
+def on_threads(model: mujoco.MjModel, count: int) -> Physics:
+    return CpuPhysics(model, count, threads=2)
+
+
+def by_warp(model: mujoco.MjModel, count: int) -> Physics:
+    from envs.warp import WarpPhysics
+
+    return WarpPhysics(model, count, device="cpu")
+
+
+CPU = Backend(on_threads, np.float64, assert_same_bits, 1e-12)
+WARP = Backend(by_warp, np.float32, functools.partial(assert_near, Widths(1e-5, 1e-3, 1e-4)), 1e-6)
+
+both_backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(CPU, id="cpu"),
+        pytest.param(
+            WARP,
+            id="warp",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    importlib.util.find_spec("mujoco_warp") is None, reason="needs mujoco-warp"
+                ),
+            ],
+        ),
+    ],
+)
 
 
 @pytest.mark.parametrize("substeps", [1, 3])
@@ -147,13 +226,49 @@ def test_every_bit_is_that_of_a_plain_loop(
         assert_same_bits(batched(physics, plan, substeps), plain(model, plan, substeps))
 
 
+@both_backends
 @pytest.mark.parametrize("sensors", [False, True])
 @pytest.mark.parametrize("body", BODIES)
-def test_a_masked_set_state_touches_its_worlds_alone(body: str, sensors: bool) -> None:
-    """Worlds 1 and 3 get the state at hand; the others keep position, velocity and sensors."""
+def test_an_idle_world_takes_the_step_that_it_would_have_taken(
+    backend: Backend, body: str, sensors: bool
+) -> None:
+    """Bit for bit, pauses change nothing but when a world's steps are taken."""
     model = load(body, sensors=sensors)
-    physics = CpuPhysics(model, WORLDS, threads=2)
-    plan, other = make_plan(model), make_plan(model, seed=8)
+    physics = backend.make(model, WORLDS)
+    stepped = np.array(
+        [[0, 1, 1, 0, 1], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=bool
+    )
+    plan = make_plan(model).rounded(backend.number)._replace(stepped=stepped)
+    paused = batched(physics, plan, 2)
+    backend.compare(paused, plain(model, plan, 2))
+    times = [physics.data(world).time for world in range(WORLDS)]
+    own = 2 * model.opt.timestep * stepped.sum(axis=0)
+    assert times == pytest.approx(own.tolist(), rel=1e-6, abs=0)
+
+    at_once = batched(physics, plan.without_pauses(), 2)
+    taken = np.concatenate([np.zeros((1, WORLDS), int), stepped.cumsum(axis=0)])
+    assert_same_bits(paused, History(*(field[taken, np.arange(WORLDS)] for field in at_once)))
+
+
+@both_backends
+@pytest.mark.parametrize("sensors", [False, True])
+@pytest.mark.parametrize("body", BODIES)
+def test_a_masked_set_state_touches_its_worlds_alone(
+    backend: Backend, body: str, sensors: bool
+) -> None:
+    """Worlds 1 and 3 get the state at hand; the others keep position, velocity and sensors.
+
+    And the others' warm start: they go on as if nothing had happened.
+    """
+    model = load(body, sensors=sensors)
+    physics = backend.make(model, WORLDS)
+    plan = make_plan(model).rounded(backend.number)
+    other = make_plan(model, seed=8).rounded(backend.number)
+    ctrl = torch.from_numpy(plan.ctrl[0])
+    batched(physics, plan, 1)
+    physics.step(ctrl, 1)
+    undisturbed = present(physics)
+
     before = batched(physics, plan, 1)
     where = torch.tensor([False, True, False, True, False])
     poison = torch.full((WORLDS, 1), 99.0, dtype=torch.float64)
@@ -162,24 +277,32 @@ def test_a_masked_set_state_touches_its_worlds_alone(body: str, sensors: bool) -
         torch.where(where[:, None], torch.from_numpy(other.qvel), poison),
         where,
     )
+    after = present(physics)
+    idle, chosen = ~where.numpy(), where.numpy()
+    for got, kept in zip(after, before, strict=True):
+        np.testing.assert_array_equal(got[idle], kept[-1][idle])
+    np.testing.assert_array_equal(after.qpos[chosen], other.qpos[chosen])
+    np.testing.assert_array_equal(after.qvel[chosen], other.qvel[chosen])
     fresh = plain(model, other, 1)
-    for got, kept, new in zip(
-        (physics.qpos.numpy(), physics.qvel.numpy(), readings(physics)), before, fresh, strict=True
-    ):
-        expected = np.where(where[:, None].numpy(), new[0], kept[-1])
-        np.testing.assert_array_equal(got, expected)
+    backend.compare(
+        History(*(got[chosen] for got in after)), History(*(new[0][chosen] for new in fresh))
+    )
+    physics.step(ctrl, 1)
+    for got, kept in zip(present(physics), undisturbed, strict=True):
+        np.testing.assert_array_equal(got[idle], kept[idle])
 
 
+@both_backends
 @pytest.mark.parametrize("sensors", [False, True])
 @pytest.mark.parametrize("body", BODIES)
-def test_set_state_forgets_what_happened_before(body: str, sensors: bool) -> None:
+def test_set_state_forgets_what_happened_before(backend: Backend, body: str, sensors: bool) -> None:
     """The same state after different histories has the same future, bit for bit.
 
     MuJoCo starts its solver from the last acceleration: the plain loop first shows that keeping
     it would change bits.
     """
     model = load(body, sensors=sensors)
-    plan = make_plan(model)
+    plan = make_plan(model).rounded(backend.number)
     differs = False
     for i in range(WORLDS):
         clean, stale = mujoco.MjData(model), mujoco.MjData(model)
@@ -191,11 +314,12 @@ def test_set_state_forgets_what_happened_before(body: str, sensors: bool) -> Non
         differs |= bool((clean.qvel != stale.qvel).any())
     assert differs
 
-    physics = CpuPhysics(model, WORLDS, threads=1)
+    physics = backend.make(model, WORLDS)
     first = batched(physics, plan, 2)
     batched(physics, make_plan(model, masked=True, seed=8), 3)
     again = batched(physics, plan, 2)
     assert_same_bits(again, first)
+    assert_same_bits(batched(backend.make(model, WORLDS), plan, 2), first)
 
     # The same through a mask, world by world.
     batched(physics, make_plan(model, seed=9), 1)
@@ -203,7 +327,7 @@ def test_set_state_forgets_what_happened_before(body: str, sensors: bool) -> Non
         where = torch.arange(WORLDS) == i
         physics.set_state(torch.from_numpy(plan.qpos), torch.from_numpy(plan.qvel), where)
     physics.step(torch.from_numpy(plan.ctrl[0]), 2)
-    np.testing.assert_array_equal(physics.qvel.numpy(), first.qvel[1])
+    np.testing.assert_array_equal(physics.qvel.double().numpy(), first.qvel[1])
 
 
 class Trouble(NamedTuple):
@@ -221,17 +345,25 @@ TROUBLES = (
 )
 
 
+@both_backends
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda t: f"{t.field}-{t.value}")
 @pytest.mark.parametrize("sensors", [False, True])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_broken_world_is_flagged_and_harms_no_other(
-    body: str, sensors: bool, trouble: Trouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Backend,
+    body: str,
+    sensors: bool,
+    trouble: Trouble,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """World 1 breaks: flagged, each time anew; the other worlds' bits are those without it."""
     monkeypatch.chdir(tmp_path)  # MuJoCo writes a log where it runs.
     model = load(body, sensors=sensors)
-    plan = make_plan(model)
-    expected = plain(model, plan, 2)
+    plan = make_plan(model).rounded(backend.number)
+    physics = backend.make(model, WORLDS)
+    expected = batched(physics, plan, 2)
+    backend.compare(expected, plain(model, plan, 2))
     others = np.array([True, False, True, True, True])
     bad = {name: getattr(plan, name).copy() for name in ("qpos", "qvel", "ctrl")}
     if trouble.field == "ctrl":
@@ -240,7 +372,6 @@ def test_a_broken_world_is_flagged_and_harms_no_other(
         bad[trouble.field][1, 2] = trouble.value
     flags = torch.tensor([False, True, False, False, False])
 
-    physics = CpuPhysics(model, WORLDS, threads=2)
     for _ in range(3):
         # MuJoCo resets a broken world and its count of warnings, so the second time looks like
         # the first to whoever only compares counts.
@@ -249,27 +380,43 @@ def test_a_broken_world_is_flagged_and_harms_no_other(
         physics.step(torch.from_numpy(bad["ctrl"][0]), 2)
         assert physics.diverged.tolist() == flags.tolist()
         handed_out = physics.diverged
-        for name, got in (
-            ("qpos", physics.qpos.numpy()),
-            ("qvel", physics.qvel.numpy()),
-            ("sensors", readings(physics)),
-        ):
-            np.testing.assert_array_equal(got[others], getattr(expected, name)[1][others])
+        for got, wanted in zip(present(physics), expected, strict=True):
+            np.testing.assert_array_equal(got[others], wanted[1][others])
         physics.step(torch.from_numpy(bad["ctrl"][1]), 2)
         # A broken state is gone after its step; a broken control breaks the next step as well.
         assert physics.diverged.tolist() == (flags & (trouble.field == "ctrl")).tolist()
-        np.testing.assert_array_equal(physics.qpos.numpy()[others], expected.qpos[2][others])
+        for got, wanted in zip(present(physics), expected, strict=True):
+            np.testing.assert_array_equal(got[others], wanted[2][others])
         assert handed_out.tolist() == flags.tolist()
 
 
+@both_backends
+@pytest.mark.parametrize("body", BODIES)
+def test_an_acceleration_out_of_bounds_breaks_a_world(
+    backend: Backend, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A joint of world 1 turns at 1e8 rad/s, which is still a number; no number comes of it."""
+    monkeypatch.chdir(tmp_path)
+    model = load(body, sensors=False)
+    physics = backend.make(model, 3)
+    qvel = torch.zeros(3, model.nv, dtype=torch.float64)
+    qvel[1, -1] = 1e8
+    physics.set_state(torch.from_numpy(np.tile(model.qpos0, (3, 1))), qvel)
+    for flags in ([False, True, False], [False, False, False]):
+        physics.step(torch.zeros(3, model.nu), 1)
+        assert physics.diverged.tolist() == flags
+        assert physics.qvel.abs().max() < 99
+
+
+@both_backends
 @pytest.mark.parametrize("sensors", [False, True])
 def test_divergence_is_kept_per_world(
-    sensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, sensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A world that was not stepped has not diverged; set_state clears the flags of its worlds."""
     monkeypatch.chdir(tmp_path)
     model = load("half_cheetah", sensors=sensors)
-    physics = CpuPhysics(model, 3, threads=1)
+    physics = backend.make(model, 3)
     qpos, qvel = torch.zeros(3, 9, dtype=torch.float64), torch.zeros(3, 9, dtype=torch.float64)
     ctrl = torch.zeros(3, 6)
     qvel[0, 4] = qvel[1, 4] = 1e12
@@ -291,6 +438,21 @@ def test_divergence_is_kept_per_world(
         physics.qvel[1, 4] = 1e12
         physics.step(ctrl, 1)
         assert physics.diverged.tolist() == [False, True, False]
+
+
+@both_backends
+def test_a_control_beyond_its_range_is_the_end_of_it(backend: Backend) -> None:
+    """Infinite controls are 1 and -1 and break nothing down."""
+    model = load("half_cheetah", sensors=False)
+    physics = backend.make(model, 2)
+    qpos, qvel = torch.zeros(2, 9, dtype=torch.float64), torch.zeros(2, 9, dtype=torch.float64)
+    physics.set_state(qpos, qvel)
+    ctrl = torch.tensor([[1.0, -1.0, 0, 0, 0, 0]] * 2)
+    ctrl[1, 0], ctrl[1, 1] = float("inf"), -float("inf")
+    physics.step(ctrl, 1)
+    assert not physics.diverged.any()
+    assert physics.qvel[0].tolist() == physics.qvel[1].tolist()
+    assert physics.qvel[0].abs().max() > 1
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(4000, False), (12000, False), (60000, True)])
@@ -317,7 +479,8 @@ def test_a_world_without_memory_is_flagged(
     assert physics.qvel[::2, 2].tolist() == pytest.approx([-9.81 * 0.002] * 2, rel=1e-12)
 
 
-def test_sensors_are_found_by_name() -> None:
+@both_backends
+def test_sensors_are_found_by_name(backend: Backend) -> None:
     """The cheetah's centre of mass, by hand: the masses' mean place at qpos0; and its drift."""
     model = load("half_cheetah", sensors=True)
     data = mujoco.MjData(model)
@@ -327,18 +490,78 @@ def test_sensors_are_found_by_name() -> None:
         sum(m * float(x[a]) for m, x in zip(masses, data.xipos[1:], strict=True)) / sum(masses)
         for a in range(3)
     ]
-    physics = CpuPhysics(model, 2, threads=1)
+    physics = backend.make(model, 2)
     qvel = torch.zeros(2, 9, dtype=torch.float64)
     qvel[1, 0], qvel[1, 1] = 2.5, -0.75  # The whole body slides: 2.5 m/s along x, -.75 along z.
     physics.set_state(torch.zeros(2, 9, dtype=torch.float64), qvel)
     for i in range(2):
-        assert physics.sensor("place")[i].tolist() == pytest.approx(middle, abs=1e-12)
-    assert physics.sensor("velocity")[0].tolist() == pytest.approx([0, 0, 0], abs=1e-12)
-    assert physics.sensor("velocity")[1].tolist() == pytest.approx([2.5, 0, -0.75], abs=1e-12)
+        assert physics.sensor("place")[i].tolist() == pytest.approx(middle, abs=backend.rounding)
+    assert physics.sensor("velocity")[0].tolist() == pytest.approx([0, 0, 0], abs=backend.rounding)
+    drift = pytest.approx([2.5, 0, -0.75], abs=backend.rounding)
+    assert physics.sensor("velocity")[1].tolist() == drift
     shapes = [tuple(physics.sensor(name).shape) for name in ("place", "velocity")]
     assert list(itertools.chain(*shapes)) == [2, 3, 2, 3]
 
+    handed_out = physics.sensor("place")
+    physics.set_state(torch.ones(2, 9, dtype=torch.float64), qvel)
+    assert handed_out[0].tolist() == pytest.approx(middle, abs=backend.rounding), "no copy"
 
-def test_there_is_at_least_one_world() -> None:
+
+@both_backends
+def test_one_world_can_be_looked_at(backend: Backend) -> None:
+    """Its state as numbers, and as an MjData of its own with every derived field."""
+    model = load("ant", sensors=True)
+    plan = make_plan(model).rounded(backend.number)
+    physics = backend.make(model, WORLDS)
+    for _ in range(2):  # Time begins anew with a state.
+        batched(physics, plan, 2)
+    world = 3
+    state, data = physics.state(world), physics.data(world)
+    for name, field in (("qpos", physics.qpos), ("qvel", physics.qvel)):
+        assert state[name].dtype == np.float64
+        assert state[name].tolist() == getattr(data, name).tolist() == field[world].tolist()
+    assert data.time == pytest.approx(STEPS * 2 * model.opt.timestep, rel=1e-6)
+    assert data.ctrl.tolist() == plan.ctrl[-1, world].tolist()
+    fresh = mujoco.MjData(model)
+    fresh.qpos[:], fresh.qvel[:] = state["qpos"], state["qvel"]
+    mujoco.mj_forward(model, fresh)
+    for name in ("geom_xpos", "subtree_linvel", "sensordata"):
+        got, wanted = (getattr(d, name).ravel().tolist() for d in (data, fresh))
+        assert got == pytest.approx(wanted, abs=1e-12), name
+    backend.compare(
+        History(data.qpos, data.qvel, readings(physics)[world]),
+        History(data.qpos, data.qvel, data.sensordata),
+    )
+    # Both are copies.
+    data.qpos[:] = 99.0
+    state["qvel"][:] = 99.0
+    assert physics.qpos[world].max() < 9
+    assert physics.qvel[world].max() < 99
+
+    physics.set_state(physics.qpos.clone(), physics.qvel.clone(), torch.arange(WORLDS) == world)
+    for i in range(WORLDS):
+        controlled = physics.data(i).ctrl.tolist()
+        assert controlled == ([0.0] * model.nu if i == world else plan.ctrl[-1, i].tolist())
+
+
+@both_backends
+def test_there_is_room_and_nothing_to_launch(backend: Backend) -> None:
+    """On a CPU a body is its own graph; worlds and their tensors lie there."""
+    physics = backend.make(load("half_cheetah", sensors=True), 2)
+
+    def body() -> None:
+        physics.step(torch.zeros(2, 6), 1)
+
+    assert physics.as_graph(body) is body
+    body()
+    assert physics.trouble() == ""
+    assert physics.device == torch.device("cpu")
+    fields = (physics.qpos, physics.qvel, physics.sensor("place"))
+    assert {field.dtype for field in fields} == {torch.from_numpy(np.ones(1, backend.number)).dtype}
+    assert {field.device for field in fields} == {physics.device}
+
+
+@both_backends
+def test_there_is_at_least_one_world(backend: Backend) -> None:
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        CpuPhysics(load("half_cheetah", sensors=False), 0)
+        backend.make(load("half_cheetah", sensors=False), 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from maml_rl.adapt import Params, flatten
 from maml_rl.checkpoints import State
 from maml_rl.chunks import Chunks, torch_threads
+from maml_rl.devices import reproducible
 from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.memory import memory_to, repeated_where_memory_fails
 from maml_rl.runs import Row
@@ -179,7 +180,7 @@ class SupervisedTrainer:
             RunStopped: if memory does not suffice for one task.
         """
         # Tasks share the threads among them; torch's own would only get in their way.
-        with torch_threads(1):
+        with torch_threads(1), reproducible(self.experiment.device):
             return self._iterate()
 
     def _iterate(self) -> Row:
