@@ -62,8 +62,9 @@ NO_ROOM: Mapping[str, int] = {
         mjw.OverflowType.BROADPHASE | mjw.OverflowType.NARROWPHASE | mjw.OverflowType.CCD
     ),
 }
-"""Bits that mujoco_warp sets in a world where it dropped something, by the setting to raise. The
-other bits say that a solver stopped at its iteration limit, as MuJoCo's does without a word."""
+"""Bits that mujoco_warp sets in a world where it dropped something, by the setting to raise. Of the
+others those that a body of rigid geoms can raise say that a solver stopped at its iteration limit, as
+MuJoCo's does without a word."""
 
 PLANE, HEIGHTS, SPHERE, CAPSULE, BOX = (
     int(kind)
@@ -373,8 +374,8 @@ class WarpPhysics:
         before = [] if where is None else [field.clone() for field in kept]
         time_before = self._time.clone()
         self._ctrl.copy_(ctrl)
-        # Which mujoco_warp would hide: it normalizes a quaternion, and clamps a control that is not
-        # a number.
+        # mujoco_warp would hide what is not finite here: it normalizes a quaternion, and clamps a
+        # control.
         broken = _out_of_bounds(self.qpos, self.qvel) | self._ctrl.isnan().any(1)
         self._overflow.zero_()
         # The sensors' own code is left out where a further step follows.
@@ -391,9 +392,9 @@ class WarpPhysics:
         broken = broken | _out_of_bounds(self.qpos, self.qvel, self._qacc)
         wanting = self._overflow & sum(NO_ROOM.values())
         self._overflowed.bitwise_or_(torch.where(stepped, wanting, 0))
-        # As MuJoCo does; what is not finite would keep the solver busy for all.
-        self._put(broken & stepped, self._qpos0, torch.zeros_like(self.qvel))
         self.diverged = (broken | (wanting != 0)) & stepped
+        # As MuJoCo does; what is not finite would keep the solver busy for all.
+        self._put(self.diverged, self._qpos0, torch.zeros_like(self.qvel))
         self._refresh_sensors()
 
     def bare_step(self, ctrl: Tensor, substeps: int) -> None:
