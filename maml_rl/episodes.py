@@ -30,8 +30,15 @@ class Episodes:
     """(M, E) bool: the episode was cut short because its world diverged."""
 
     def of_tasks(self, start: int, stop: int) -> Episodes:
-        """Return the episodes of tasks start to stop - 1."""
-        return Episodes(**{name: value[start:stop] for name, value in vars(self).items()})
+        """Return the episodes of tasks start to stop - 1, without slots after their last.
+
+        So what is calculated from them does not depend on how many episodes other tasks had.
+        """
+        slots = self.alive.shape[1]
+        if stop - start < len(self.alive):
+            used = (self.alive[start:stop, :, 0] | self.diverged[start:stop]).any(0)
+            slots = int(used.nonzero().max()) + 1 if bool(used.any()) else 0
+        return Episodes(**{name: v[start:stop, :slots] for name, v in vars(self).items()})
 
     @property
     def live_steps(self) -> Tensor:
@@ -71,8 +78,14 @@ class Steps(NamedTuple):
     """(M, S) int64: index along S of the first step of the same episode."""
 
     def of_tasks(self, start: int, stop: int) -> Steps:
-        """Return the steps of tasks start to stop - 1."""
-        return Steps(*(t[start:stop] for t in self))
+        """Return the steps of tasks start to stop - 1, without padding that none of them needs.
+
+        So what is calculated from them does not depend on how many steps other tasks had.
+        """
+        width = self.weights.shape[1]
+        if stop - start < len(self.weights):
+            width = int((self.weights[start:stop] > 0).sum(1).max())
+        return Steps(*(t[start:stop, :width] for t in self))
 
 
 def pack(episodes: Episodes, advantages: Tensor) -> Steps:

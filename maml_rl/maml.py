@@ -23,7 +23,7 @@ from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, Mlp, kl_divergence, log_density, log_std
-from maml_rl.trust_region import Report, TrustRegionSettings, trust_region_step
+from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
 """Why an update was refused before it was begun."""
@@ -137,8 +137,23 @@ def estimate_in_chunks(
     def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return estimate_advantages(episodes.of_tasks(start, stop), settings)
 
-    advantages, explained = zip(*chunks.map(part, len(episodes.alive)), strict=True)
-    return torch.cat(advantages), torch.cat(explained)
+    parts, explained = zip(*chunks.map(part, len(episodes.alive)), strict=True)
+    advantages = torch.zeros(episodes.alive.shape, device=episodes.alive.device)
+    # Slots that no task of a chunk used were left out.
+    for chunk, rows in zip(parts, advantages.split([len(one) for one in parts]), strict=True):
+        rows[:, : chunk.shape[1]] = chunk
+    return advantages, torch.cat(explained)
+
+
+def sum_of(terms: Tensor) -> Tensor:
+    """Add tasks' terms (M, d) in float64, (d,): on a CPU in task order, whatever their chunks."""
+    if terms.device.type != "cpu":
+        # There every addition would be a launch.
+        return terms.double().sum(0)
+    total = torch.zeros(terms.shape[-1], dtype=torch.float64)
+    for term in terms:
+        total += term
+    return total
 
 
 class MetaObjective:
@@ -158,6 +173,7 @@ class MetaObjective:
         outer: Steps,
         chunks: Chunks,
         linearise: Linearise = linearise,
+        pool: int | None = None,
     ) -> None:
         """Set up around one theta.
 
@@ -168,18 +184,22 @@ class MetaObjective:
             outer: the steps sampled after the last inner step.
             chunks: how tasks are divided.
             linearise: makes the products of some tasks.
+            pool: live steps that the divergence is the mean over; by default those of `outer`. More
+                where these tasks are part of a batch.
         """
         self._inner = inner
         self._points = points
         self._batches = batches
-        self._outer = outer
+        # By chunk: shapes, and with them bits, depend on a chunk's own tasks alone.
+        self._outer = chunks.map(outer.of_tasks, len(outer.weights))
         self._chunks = chunks
         self._like = {name: p[0] for name, p in points[0].items()}
         self._theta = flatten(self._like)
         self._tasks = len(outer.weights)
         # Weights sum to 1 over a task; over the pool, a task counts by its live steps.
         live = (outer.weights > 0).sum(1, keepdim=True).to(outer.weights.dtype)
-        self._pooled = outer.weights * (live / live.sum())
+        share = live / (live.sum() if pool is None else float(pool))
+        self._share = share
         with torch.no_grad():
             self._old_means = chunks.map(self._means_of(points[-1]), self._tasks)
         self._old_log_std = log_std(points[-1]).detach()
@@ -198,7 +218,7 @@ class MetaObjective:
         network = self._inner.policy.network
 
         def means(start: int, stop: int) -> Tensor:
-            observations = self._outer.observations[start:stop]
+            observations = self._outer[self._chunk(start)].observations
             return network.of_tasks(of_tasks(params, start, stop), observations)
 
         return means
@@ -206,44 +226,39 @@ class MetaObjective:
     def _chunk(self, start: int) -> int:
         return start // (self._chunks.size or self._tasks)
 
-    def _sum(self, terms: Callable[[int, int], Tensor]) -> Tensor:
-        """Add chunks' terms (chunk, d) in float64: on a CPU in task order, whatever the chunks."""
-        parts = self._chunks.map(terms, self._tasks)
-        total = torch.zeros(parts[0].shape[-1], dtype=torch.float64, device=parts[0].device)
-        for part in parts:
-            # On a GPU every addition would be a launch.
-            for term in part if part.device.type == "cpu" else [part.double().sum(0)]:
-                total += term
-        return total
+    def _pooled(self, start: int, stop: int) -> Tensor:
+        """Return the weights of a chunk's steps in the divergence: a task counts by its steps."""
+        return self._outer[self._chunk(start)].weights * self._share[start:stop]
 
-    def gradient(self) -> Tensor:
-        """Return P' times the surrogate's gradient at theta', mean over tasks, (d,)."""
+    def gradient_terms(self) -> Tensor:
+        """Return P' times each task's gradient of the surrogate at theta', (M, d)."""
         adapted = self._points[-1]
 
         def terms(start: int, stop: int) -> Tensor:
             point = {
                 n: p.detach().requires_grad_() for n, p in of_tasks(adapted, start, stop).items()
             }
-            means = self._inner.policy.network.of_tasks(point, self._outer.observations[start:stop])
+            outer = self._outer[self._chunk(start)]
+            means = self._inner.policy.network.of_tasks(point, outer.observations)
             surrogate = self._surrogate(means, log_std(point), start, stop).sum()
             slopes = torch.autograd.grad(surrogate, list(point.values()))
             covectors = flatten(dict(zip(point, slopes, strict=True)), axes=1)
             return self._linear[self._chunk(start)].pull(covectors)
 
-        return self._sum(terms) / self._tasks
+        return torch.cat(self._chunks.map(terms, self._tasks))
 
-    def product(self, vector: Tensor) -> Tensor:
-        """Return the mean KL's Hessian at theta times `vector` (d,), (d,)."""
+    def product_terms(self, vector: Tensor) -> Tensor:
+        """Return each task's share of the KL's Hessian at theta times `vector` (d,), (M, d)."""
 
         def terms(start: int, stop: int) -> Tensor:
             linear = self._linear[self._chunk(start)]
             pushed = linear.push(vector.expand(stop - start, -1))
-            return linear.pull(linear.fisher(pushed, self._pooled[start:stop]))
+            return linear.pull(linear.fisher(pushed, self._pooled(start, stop)))
 
-        return self._sum(terms)
+        return torch.cat(self._chunks.map(terms, self._tasks))
 
-    def evaluate(self, candidate: Tensor) -> tuple[float, float]:
-        """Return surrogate and KL after adapting from a candidate theta (d,)."""
+    def evaluate_terms(self, candidate: Tensor) -> Tensor:
+        """Return each task's surrogate, and its share of the KL, from a candidate (d,), (M, 2)."""
         theta = unflatten(candidate, self._like)
         # Where it is the present theta, theta' is known already.
         present = torch.equal(candidate, self._theta)
@@ -256,9 +271,8 @@ class MetaObjective:
                 adapted = self._inner(params, steps.of_tasks(start, stop))
                 params = {name: p.detach() for name, p in adapted.items()}
             with torch.no_grad():
-                means = self._inner.policy.network.of_tasks(
-                    params, self._outer.observations[start:stop]
-                )
+                observations = self._outer[self._chunk(start)].observations
+                means = self._inner.policy.network.of_tasks(params, observations)
                 surrogate = self._surrogate(means, log_std(params), start, stop)
                 kl = kl_divergence(
                     self._old_means[self._chunk(start)],
@@ -266,17 +280,89 @@ class MetaObjective:
                     means,
                     log_std(params),
                 )
-                pooled = (self._pooled[start:stop] * kl).sum(1)
+                pooled = (self._pooled(start, stop) * kl).sum(1)
             return torch.stack([surrogate, pooled], 1)
 
-        surrogate, kl = self._sum(terms).tolist()
+        return torch.cat(self._chunks.map(terms, self._tasks))
+
+    def gradient(self) -> Tensor:
+        """Return P' times the surrogate's gradient at theta', mean over tasks, (d,)."""
+        return sum_of(self.gradient_terms()) / self._tasks
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the mean KL's Hessian at theta times `vector` (d,), (d,)."""
+        return sum_of(self.product_terms(vector))
+
+    def evaluate(self, candidate: Tensor) -> tuple[float, float]:
+        """Return surrogate and KL after adapting from a candidate theta (d,)."""
+        surrogate, kl = sum_of(self.evaluate_terms(candidate)).tolist()
         return surrogate / self._tasks, kl
 
     def _surrogate(self, means: Tensor, log_stds: Tensor, start: int, stop: int) -> Tensor:
         """Return the surrogate of each task of a chunk, (chunk,)."""
-        outer = self._outer.of_tasks(start, stop)
+        outer = self._outer[self._chunk(start)]
         ratios = torch.exp(log_density(means, log_stds, outer.actions) - outer.log_probs)
         return -(outer.weights * ratios * outer.advantages).sum(1)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What tasks were sampled and adapted to."""
+
+    points: tuple[Params, ...]
+    """Parameters (M, ...) before each inner step, and after the last."""
+    batches: tuple[Steps, ...]
+    """The steps (M, S, ...) of each batch."""
+    episodes: tuple[Episodes, ...]
+    """Before adaptation, after one inner step, and so on: inner_steps + 1 batches, or fewer
+    where an inner step was not finite."""
+    explained_variance: tuple[Tensor, ...]
+    """(M,) of each batch's baseline."""
+    seconds: float
+    """Of sampling."""
+
+    def objective(self, inner: InnerStep, chunks: Chunks, pool: int | None = None) -> MetaObjective:
+        """Return the outer objective of these tasks; see `MetaObjective`."""
+        return MetaObjective(
+            inner, self.points, self.batches[:-1], self.batches[-1], chunks, pool=pool
+        )
+
+
+def sample_and_adapt(
+    theta: Params,
+    inner: InnerStep,
+    inner_steps: int,
+    collect: Collect,
+    tasks: int,
+    *,
+    advantages: AdvantageSettings,
+    chunks: Chunks,
+    clock: Callable[[], float],
+) -> Adapted:
+    """Sample `tasks` tasks with theta, adapt, sample again, and so on (Algorithm 3, lines 4 to 9).
+
+    Ends early, with as many batches as there are, where an inner step is not finite.
+    """
+    points, batches = [broadcast(theta, tasks)], []
+    sampled: list[Episodes] = []
+    fits: list[Tensor] = []
+    sampling = 0.0
+    for phase in range(inner_steps + 1):
+        began = clock()
+        try:
+            if phase and not all(bool(torch.isfinite(p).all()) for p in points[-1].values()):
+                raise InnerStepError
+            episodes = collect(points[-1], phase)
+        except InnerStepError:
+            break
+        sampling += clock() - began
+        estimated, explained = estimate_in_chunks(episodes, advantages, chunks)
+        batches.append(pack(episodes, estimated))
+        sampled.append(episodes)
+        fits.append(explained)
+        if phase < inner_steps:
+            points.append(adapt_in_chunks(inner, points[-1], batches[-1], chunks))
+    return Adapted(tuple(points), tuple(batches), tuple(sampled), tuple(fits), sampling)
 
 
 @dataclass(frozen=True)
@@ -309,28 +395,28 @@ def meta_iteration(
     A refused step returns the very same theta.
     """
     inner = adaptation.inner_step(policy)
-    points, batches = [broadcast(theta, tasks)], []
-    sampled: list[Episodes] = []
-    fits: list[float] = []
-    sampling = 0.0
-    for phase in range(adaptation.inner_steps + 1):
-        began = clock()
-        try:
-            if phase and not all(bool(torch.isfinite(p).all()) for p in points[-1].values()):
-                raise InnerStepError
-            episodes = collect(points[-1], phase)
-        except InnerStepError:
-            refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
-            return theta, MetaReport(tuple(sampled), tuple(fits), refused, sampling)
-        sampling += clock() - began
-        estimated, explained = estimate_in_chunks(episodes, advantages, chunks)
-        batches.append(pack(episodes, estimated))
-        sampled.append(episodes)
-        fits.append(float(explained.mean()))
-        if phase < adaptation.inner_steps:
-            points.append(adapt_in_chunks(inner, points[-1], batches[-1], chunks))
-    objective = MetaObjective(inner, points, batches[:-1], batches[-1], chunks)
+    adapted = sample_and_adapt(
+        theta,
+        inner,
+        adaptation.inner_steps,
+        collect,
+        tasks,
+        advantages=advantages,
+        chunks=chunks,
+        clock=clock,
+    )
+    fits = tuple(float(explained.mean()) for explained in adapted.explained_variance)
+    if len(adapted.episodes) <= adaptation.inner_steps:
+        refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
+        return theta, MetaReport(adapted.episodes, fits, refused, adapted.seconds)
+    updated, report = outer_step(theta, adapted.objective(inner, chunks), trust_region)
+    return updated, MetaReport(adapted.episodes, fits, report, adapted.seconds)
+
+
+def outer_step(
+    theta: Params, objective: Objective, settings: TrustRegionSettings
+) -> tuple[Params, Report]:
+    """Step theta within the trust region; a refused step returns the very same theta."""
     old = flatten(theta)
-    new, report = trust_region_step(objective, old, trust_region)
-    updated = theta if new is old else unflatten(new, theta)
-    return updated, MetaReport(tuple(sampled), tuple(fits), report, sampling)
+    new, report = trust_region_step(objective, old, settings)
+    return (theta if new is old else unflatten(new, theta)), report

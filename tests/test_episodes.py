@@ -116,11 +116,13 @@ def test_a_task_without_a_live_step_is_refused() -> None:
 
 
 def test_steps_of_some_tasks() -> None:
-    """of_tasks(1, 2) is task 1 alone, its axis kept."""
+    """of_tasks(1, 2) is task 1 alone, its axis kept, without padding for the others."""
     steps = check_packed(UNEVEN)
     for whole, part in zip(steps, steps.of_tasks(1, 2), strict=True):
-        assert part.shape == (1, *whole.shape[1:])
-        assert torch.equal(part[0], whole[1])
+        assert part.shape == (1, 5, *whole.shape[2:])
+        assert torch.equal(part[0], whole[1, :5])
+    for whole, part in zip(steps, steps.of_tasks(0, 2), strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_returns_are_sums_over_live_steps() -> None:
