@@ -134,13 +134,15 @@ def estimate_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return advantages (M, E, H) and explained variance (M,), task by task."""
 
-    def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def of_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return estimate_advantages(episodes.of_tasks(start, stop), settings)
 
-    parts, explained = zip(*chunks.map(part, len(episodes.alive)), strict=True)
+    parts, explained = zip(*chunks.map(of_chunk, len(episodes.alive)), strict=True)
     advantages = torch.zeros(episodes.alive.shape, device=episodes.alive.device)
     # Slots that no task of a chunk used were left out.
-    for chunk, rows in zip(parts, advantages.split([len(one) for one in parts]), strict=True):
+    for chunk, rows in zip(
+        parts, torch.split(advantages, [len(one) for one in parts]), strict=True
+    ):
         rows[:, : chunk.shape[1]] = chunk
     return advantages, torch.cat(explained)
 
@@ -306,6 +308,33 @@ class MetaObjective:
 
 
 @dataclass(frozen=True)
+class BatchReport:
+    """One batch of episodes, summed up task by task; on the CPU."""
+
+    returns: Tensor
+    """(M,): mean undiscounted return of a task's episodes."""
+    live_steps: Tensor
+    """(M,) int64."""
+    sampled: Tensor
+    """(M,) int64: episodes."""
+    diverged: Tensor
+    """(M,) int64: those whose simulation broke down."""
+    explained_variance: Tensor
+    """(M,): of the returns, by the baseline."""
+
+    @classmethod
+    def of(cls, episodes: Episodes, explained_variance: Tensor) -> BatchReport:
+        """Sum up a batch."""
+        return cls(
+            returns=episodes.mean_returns().cpu(),
+            live_steps=episodes.live_steps.cpu(),
+            sampled=(episodes.diverged | episodes.alive[:, :, 0]).sum(1).cpu(),
+            diverged=episodes.diverged.sum(1).cpu(),
+            explained_variance=explained_variance.cpu(),
+        )
+
+
+@dataclass(frozen=True)
 class Adapted:
     """What tasks were sampled and adapted to."""
 
@@ -320,6 +349,11 @@ class Adapted:
     """(M,) of each batch's baseline."""
     seconds: float
     """Of sampling."""
+
+    def reports(self) -> tuple[BatchReport, ...]:
+        """Return each batch summed up."""
+        pairs = zip(self.episodes, self.explained_variance, strict=True)
+        return tuple(BatchReport.of(*pair) for pair in pairs)
 
     def objective(self, inner: InnerStep, chunks: Chunks, pool: int | None = None) -> MetaObjective:
         """Return the outer objective of these tasks; see `MetaObjective`."""
@@ -369,13 +403,23 @@ def sample_and_adapt(
 class MetaReport:
     """What one meta-iteration saw and did."""
 
-    episodes: tuple[Episodes, ...]
-    """Before adaptation, after one inner step, and so on: inner_steps + 1 batches, or fewer
-    where an inner step was not finite."""
-    explained_variance: tuple[float, ...]
-    """Of each batch's baseline, mean over tasks."""
+    batches: tuple[BatchReport, ...]
+    """Before adaptation, after one inner step, and so on: inner_steps + 1, or fewer where an inner
+    step was not finite."""
     step: Report
     seconds_sampling: float
+    episodes: tuple[Episodes, ...] = ()
+    """The batches themselves, where they were sampled in this process."""
+
+    @classmethod
+    def of(cls, adapted: Adapted, step: Report) -> MetaReport:
+        """Sum up an iteration of this process."""
+        return cls(adapted.reports(), step, adapted.seconds, adapted.episodes)
+
+
+def not_finite() -> Report:
+    """Return the report of an update that was refused since an inner step was not finite."""
+    return Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
 
 
 def meta_iteration(
@@ -405,12 +449,10 @@ def meta_iteration(
         chunks=chunks,
         clock=clock,
     )
-    fits = tuple(float(explained.mean()) for explained in adapted.explained_variance)
     if len(adapted.episodes) <= adaptation.inner_steps:
-        refused = Report(math.nan, math.nan, 0.0, INNER_STEP_NOT_FINITE, 0, math.nan)
-        return theta, MetaReport(adapted.episodes, fits, refused, adapted.seconds)
+        return theta, MetaReport.of(adapted, not_finite())
     updated, report = outer_step(theta, adapted.objective(inner, chunks), trust_region)
-    return updated, MetaReport(adapted.episodes, fits, report, adapted.seconds)
+    return updated, MetaReport.of(adapted, report)
 
 
 def outer_step(

@@ -24,7 +24,16 @@ from maml_rl.devices import Physics, as_it_comes
 from maml_rl.episodes import Episodes
 from maml_rl.errors import RunWarning
 from maml_rl.policy import GaussianPolicy
-from maml_rl.rollout import HostRollout, Loop, Rollout, SamplingError, Seeds, Watch, Wave
+from maml_rl.rollout import (
+    Divergence,
+    HostRollout,
+    Loop,
+    Rollout,
+    SamplingError,
+    Seeds,
+    Watch,
+    Wave,
+)
 from maml_rl.seeds import EPISODES, TASKS, seed_sequence
 
 
@@ -135,13 +144,14 @@ class Sampler(AbstractContextManager["Sampler"]):
         )
         self._rollout = ROLLOUTS[physics](self._loop)
 
-    def sample(self, params: Params, tasks: Tensor, seeds: Seeds) -> Episodes:
+    def sample(self, params: Params, tasks: Tensor, seeds: Seeds, first: int = 0) -> Episodes:
         """Sample episodes of M tasks.
 
         Args:
             params: parameters of each task's policy, (M, ...).
             tasks: (M, P).
             seeds: (M,), from `task_seeds`.
+            first: the first one's index in the meta-batch, for messages.
 
         Raises:
             ActionError: if the policy's action is not finite.
@@ -157,20 +167,21 @@ class Sampler(AbstractContextManager["Sampler"]):
             for start in range(0, len(tasks), self._tasks):
                 rows = slice(start, start + self._tasks)
                 part = {name: p[rows] for name, p in params.items()}
-                parts.append(self._sample_tasks(part, tasks[rows].cpu(), seeds[rows], start))
+                here = tasks[rows].cpu()
+                parts.append(self._sample_tasks(part, here, seeds[rows], first + start))
             episodes = join_episodes(parts)
         trouble = self._rollout.trouble()
         if trouble:
             warnings.warn(trouble, RunWarning, stacklevel=2)
         broken = int(episodes.diverged.sum())
         sampled = int((episodes.diverged | episodes.alive[:, :, 0]).sum())
-        if broken > self._max_diverged * sampled:
-            raise SamplingError(
-                f"the simulation broke down in {broken} of {sampled} episodes, and at most "
-                f"{100 * self._max_diverged:g} % may (sampling.max_diverged)",
-                self._rollout.divergence,
-            )
+        check_diverged(broken, sampled, self._max_diverged, self.divergence)
         return episodes
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first simulation that broke down in the last batch, if any did."""
+        return self._rollout.divergence
 
     def _sample_tasks(self, params: Params, tasks: Tensor, seeds: Seeds, offset: int) -> Episodes:
         """Sample the tasks that fit at once: one wave, or waves until each has enough steps."""
@@ -210,6 +221,16 @@ class Sampler(AbstractContextManager["Sampler"]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_diverged(broken: int, sampled: int, most: float, divergence: Divergence | None) -> None:
+    """Raise SamplingError if of so many episodes more than a fraction `most` broke down."""
+    if broken > most * sampled:
+        raise SamplingError(
+            f"the simulation broke down in {broken} of {sampled} episodes, and at most "
+            f"{100 * most:g} % may (sampling.max_diverged)",
+            divergence,
+        )
 
 
 def join_waves(waves: Sequence[Episodes], used: Tensor) -> Episodes:

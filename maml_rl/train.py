@@ -20,24 +20,22 @@ from maml_rl.checkpoints import FRESH, State
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.config import Experiment, origin_of
 from maml_rl.devices import Device, Physics, reproducible
-from maml_rl.episodes import Episodes
 from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
-    InnerStepError,
     MetaReport,
     chunk_size,
     meta_iteration,
     update_bytes,
 )
-from maml_rl.memory import check_memory, memory_to_sample, repeated_where_memory_fails
+from maml_rl.memory import check_memory, repeated_where_memory_fails
 from maml_rl.policy import GaussianPolicy, entropy
 from maml_rl.replay import dump_of
-from maml_rl.rollout import ActionError, SamplingError
+from maml_rl.rollout import SamplingError
 from maml_rl.runs import Row, RunFolder
-from maml_rl.sampler import Sampler, task_generator, task_seeds
-from maml_rl.seeds import TRAINING
+from maml_rl.sampler import Sampler
+from maml_rl.shard import collector, make_sampler
 from maml_rl.trained import (
     TrainedPolicy,
     experiment_of,
@@ -86,20 +84,7 @@ class Trainer:
     ) -> Trainer:
         """Make worlds and threads for an experiment."""
         settings = experiment.sampling
-        with memory_to_sample(experiment, "sampling"):
-            sampler = Sampler(
-                experiment.family,
-                policy,
-                tasks=settings.at_once(settings.tasks),
-                episodes=settings.episodes,
-                count=settings.count,
-                action_scale=experiment.policy.action_scale,
-                max_diverged=settings.max_diverged,
-                threads=experiment.threads,
-                device=experiment.device,
-                physics=experiment.physics,
-                warp=experiment.warp,
-            )
+        sampler = make_sampler(experiment, policy, settings.at_once(settings.tasks))
         task_bytes = update_bytes(
             policy,
             settings.episodes * experiment.family.episode_steps,
@@ -124,19 +109,8 @@ class Trainer:
 
     def _iterate(self) -> Row:
         experiment, before = self.experiment, self.state
-        seed, iteration, M = experiment.seed, before.iteration, experiment.sampling.tasks
-        drawn = experiment.family.sample_tasks(M, task_generator(TRAINING, seed, iteration))
-        tasks = torch.from_numpy(drawn)
-
-        def collect(params: Params, phase: int) -> Episodes:
-            with memory_to_sample(experiment, "sampling"):
-                seeds = task_seeds(TRAINING, seed, iteration, phase, M)
-                try:
-                    return self.sampler.sample(params, tasks, seeds)
-                except ActionError as error:
-                    # Of theta itself there is no way on; of what an inner step made of it there is.
-                    raise (InnerStepError if phase else error) from error
-
+        iteration, M = before.iteration, experiment.sampling.tasks
+        collect = collector(experiment, self.sampler, iteration, 0, M)
         began = time.perf_counter()
         # Tasks share the threads among them; torch's own would only get in their way.
         with torch_threads(1), reproducible(experiment.device):
@@ -196,7 +170,7 @@ class Trainer:
 
     def _metrics(self, report: MetaReport, seconds: float) -> Row:
         """Return the row of metrics.csv of an iteration."""
-        live = sum(int(e.live_steps.sum()) for e in report.episodes)
+        live = sum(int(batch.live_steps.sum()) for batch in report.batches)
         row: dict[str, float | int | str | bool] = {
             "iteration": self.state.iteration,
             "env_steps": self.state.env_steps + live,
@@ -204,8 +178,8 @@ class Trainer:
         phases = self.experiment.adaptation.inner_steps + 1
         for k in range(phases):
             # An inner step that is not finite leaves nothing to sample with.
-            sampled = k < len(report.episodes)
-            returns = report.episodes[k].mean_returns() if sampled else torch.tensor([math.nan])
+            sampled = k < len(report.batches)
+            returns = report.batches[k].returns if sampled else torch.tensor([math.nan])
             row[f"return_{k}"] = float(returns.mean())
             row[f"return_{k}_sd"] = float(returns.std(correction=0))
         step = report.step
@@ -219,10 +193,10 @@ class Trainer:
             "cg_residual": step.cg_residual,
             "entropy": float(entropy(self.theta)),
         }
-        explained = report.explained_variance
+        explained = [float(batch.explained_variance.mean()) for batch in report.batches]
         for k in range(phases):
             row[f"explained_variance_{k}"] = explained[k] if k < len(explained) else math.nan
-        row["diverged_worlds"] = sum(int(e.diverged.sum()) for e in report.episodes)
+        row["diverged_worlds"] = sum(int(batch.diverged.sum()) for batch in report.batches)
         row["seconds_sampling"] = round(report.seconds_sampling, 4)
         row["seconds_updating"] = round(seconds - report.seconds_sampling, 4)
         return row

@@ -135,7 +135,7 @@ def test_an_iteration_steps_within_the_trust_region(
             first_order=first_order,
         ),
     )
-    assert len(report.episodes) == len(report.explained_variance) == inner_steps + 1
+    assert len(report.episodes) == len(report.batches) == inner_steps + 1
     assert report.step.accepted, report.step.refused_because
     assert report.step.surrogate_after < report.step.surrogate_before
     assert 0 < report.step.kl <= TrustRegionSettings().max_kl

@@ -1,0 +1,161 @@
+"""Some tasks of every iteration, in one process: sampled, adapted to, and kept for the outer step.
+
+Whatever a shard answers it answers task by task, and what it says of a task does not depend on the
+other tasks that are in it. So a batch may be divided among processes in any way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from envs.family import TaskFamily
+from maml_rl.adapt import Params
+from maml_rl.chunks import Chunks, torch_threads
+from maml_rl.config import Experiment
+from maml_rl.devices import reproducible
+from maml_rl.episodes import Episodes
+from maml_rl.maml import (
+    Adapted,
+    BatchReport,
+    Collect,
+    InnerStepError,
+    MetaObjective,
+    sample_and_adapt,
+)
+from maml_rl.memory import memory_to_sample
+from maml_rl.policy import GaussianPolicy
+from maml_rl.rollout import ActionError, Divergence
+from maml_rl.sampler import Sampler, task_generator, task_seeds
+from maml_rl.seeds import TRAINING
+
+
+def make_sampler(
+    experiment: Experiment[TaskFamily],
+    policy: GaussianPolicy,
+    tasks: int,
+    max_diverged: float | None = None,
+) -> Sampler:
+    """Make worlds for so many tasks at once, as an experiment's training samples them.
+
+    Raises:
+        RunStopped: if memory does not suffice.
+    """
+    settings = experiment.sampling
+    with memory_to_sample(experiment, "sampling"):
+        return Sampler(
+            experiment.family,
+            policy,
+            tasks=tasks,
+            episodes=settings.episodes,
+            count=settings.count,
+            action_scale=experiment.policy.action_scale,
+            max_diverged=settings.max_diverged if max_diverged is None else max_diverged,
+            threads=experiment.threads,
+            device=experiment.device,
+            physics=experiment.physics,
+            warp=experiment.warp,
+        )
+
+
+def collector(
+    experiment: Experiment[TaskFamily], sampler: Sampler, iteration: int, start: int, stop: int
+) -> Collect:
+    """Return what samples tasks start to stop - 1 of an iteration's batch."""
+    seed, M = experiment.seed, experiment.sampling.tasks
+    drawn = experiment.family.sample_tasks(M, task_generator(TRAINING, seed, iteration))
+    tasks = torch.from_numpy(drawn)[start:stop]
+
+    def collect(params: Params, phase: int) -> Episodes:
+        seeds = task_seeds(TRAINING, seed, iteration, phase, M)[start:stop]
+        with memory_to_sample(experiment, "sampling"):
+            try:
+                return sampler.sample(params, tasks, seeds, start)
+            except ActionError as error:
+                # Of theta itself there is no way on; of what an inner step made of it there is.
+                raise (InnerStepError if phase else error) from error
+
+    return collect
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What the tasks of a shard were like in one iteration."""
+
+    batches: tuple[BatchReport, ...]
+    """inner_steps + 1, or fewer where an inner step was not finite."""
+    divergence: Divergence | None
+    """The first simulation that broke down, if any did."""
+    seconds: float
+    """Of sampling."""
+
+
+class Shard:
+    """Some tasks of one iteration after the other; `begin` forgets the last."""
+
+    def __init__(
+        self, experiment: Experiment[TaskFamily], policy: GaussianPolicy, tasks: int, chunk: int
+    ) -> None:
+        """Make worlds for so many tasks at once, and chunks of so many in the update."""
+        self._experiment = experiment
+        self._inner = experiment.adaptation.inner_step(policy)
+        # How many may break down is judged of the whole batch.
+        self._sampler = make_sampler(experiment, policy, tasks, max_diverged=1.0)
+        self._chunks = Chunks(experiment.threads, chunk)
+        self._adapted: Adapted | None = None
+        self._objective: MetaObjective | None = None
+
+    def begin(self, theta: Params, iteration: int, start: int, stop: int) -> ShardReport:
+        """Sample tasks start to stop - 1 of an iteration's batch, adapt to them, and keep them.
+
+        Raises:
+            SamplingError: if a task cannot be sampled.
+        """
+        self._objective = self._adapted = None
+        experiment = self._experiment
+        collect = collector(experiment, self._sampler, iteration, start, stop)
+        with torch_threads(1), reproducible(experiment.device):
+            self._adapted = sample_and_adapt(
+                theta,
+                self._inner,
+                experiment.adaptation.inner_steps,
+                collect,
+                stop - start,
+                advantages=experiment.advantages,
+                chunks=self._chunks,
+                clock=time.perf_counter,
+            )
+        reports = self._adapted.reports()
+        return ShardReport(reports, self._sampler.divergence, self._adapted.seconds)
+
+    def build(self, pool: int) -> None:
+        """Linearise the tasks; `pool` is the live steps of the whole batch after adaptation."""
+        assert self._adapted is not None
+        with torch_threads(1), reproducible(self._experiment.device):
+            self._objective = self._adapted.objective(self._inner, self._chunks, pool)
+
+    def gradient(self) -> Tensor:
+        """Return each task's gradient, (M, d); see `MetaObjective`."""
+        return self._answer(lambda objective: objective.gradient_terms())
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return each task's share of the Fisher product, (M, d)."""
+        return self._answer(lambda objective: objective.product_terms(vector))
+
+    def evaluate(self, candidate: Tensor) -> Tensor:
+        """Return each task's surrogate and share of the divergence, (M, 2)."""
+        return self._answer(lambda objective: objective.evaluate_terms(candidate))
+
+    def _answer(self, ask: Callable[[MetaObjective], Tensor]) -> Tensor:
+        assert self._objective is not None
+        with torch_threads(1), reproducible(self._experiment.device):
+            return ask(self._objective)
+
+    def close(self) -> None:
+        """Release worlds and threads."""
+        self._sampler.close()
+        self._chunks.close()
