@@ -59,11 +59,14 @@ LARGEST_VALUE = 1e10
 NO_ROOM: Mapping[str, int] = {
     "njmax": int(mjw.OverflowType.NEFC | mjw.OverflowType.NJMAX_NNZ),
     "nconmax": int(
-        mjw.OverflowType.BROADPHASE | mjw.OverflowType.NARROWPHASE | mjw.OverflowType.CCD
+        mjw.OverflowType.BROADPHASE
+        | mjw.OverflowType.NARROWPHASE
+        | mjw.OverflowType.CCD
+        | mjw.OverflowType.HFIELD
     ),
 }
-"""Bits that mujoco_warp sets in a world where it dropped something, by the setting to raise. Of the
-others those that a body of rigid geoms can raise say that a solver stopped at its iteration limit, as
+"""Bits that mujoco_warp sets in a world where it dropped something, by the setting to raise. Of
+the others, those that rigid bodies can raise say that a solver stopped at its iteration limit, as
 MuJoCo's does without a word."""
 
 PLANE, HEIGHTS, SPHERE, CAPSULE, BOX = (
@@ -400,8 +403,11 @@ class WarpPhysics:
     def bare_step(self, ctrl: Tensor, substeps: int) -> None:
         """Let mujoco_warp step all worlds, and do nothing else: what speeds are measured against.
 
-        What goes wrong goes unnoticed, and sensors are not refreshed.
+        As it comes: in any order of sums, without what is called back here, without sensors. The
+        worlds are of no other use afterwards.
         """
+        self._model.opt.deterministic = False
+        self._model.callback.contactfilter = self._model.callback.control = None
         self._ctrl.copy_(ctrl)
         self._switch_sensors(on=False)
         with self._on_device():
@@ -436,7 +442,7 @@ class WarpPhysics:
         what = {"njmax": "constraints", "nconmax": "contacts"}
         parts = [
             f"{int((bits & mask != 0).sum())} of {self.count} worlds had more {what[name]} than "
-            f"there is room for on the GPU: raise warp.{name} (now {now[name]})"
+            f"mujoco_warp had room for: raise warp.{name} (now {now[name]})"
             for name, mask in NO_ROOM.items()
             if bool((bits & mask).any())
         ]
@@ -446,12 +452,15 @@ class WarpPhysics:
         """Return a function that does what `body` does, on a GPU as one launch of a CUDA graph.
 
         `body` is run before it is captured, and must be harmless then. Where it cannot be captured
-        a warning says why, and `body` itself comes back.
+        a warning says why, and `body` itself comes back. `diverged` is not renewed by a launch:
+        what `body` makes of it is.
         """
         if not self._wp_device.is_cuda:
             return body
         try:
             return self._capture(body)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             warnings.warn(
                 f"a control step cannot be captured in a CUDA graph, and is launched kernel by "

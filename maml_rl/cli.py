@@ -144,11 +144,12 @@ class SpeedOptions:
     """Fraction of the full number of tasks, to try the command quickly; 1 for real figures."""
     device: Device = "cpu"
     """`cuda` measures sampling, update and iterations on a GPU instead, with physics on the CPU and
-    on the GPU, from the paper's 40 tasks to 64 times as many."""
+    on the GPU, from 40 tasks to 64 times as many."""
     physics: Physics | None = None
-    """With that: measure one of the two only."""
+    """Measure the same with one kind of physics only; without a GPU too."""
     seconds: float = math.inf
-    """With that: begin nothing more after so many seconds; the goals come first."""
+    """Of the figures of --device cuda or --physics, begin none after so many seconds; those with
+    goals come first."""
 
 
 def train_command(words: Sequence[str], console: Console) -> None:

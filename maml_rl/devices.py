@@ -22,10 +22,10 @@ def missing_device(device: str) -> str:
     """Return why a device is not there; empty if it is."""
     if device != "cuda" or torch.cuda.is_available():
         return ""
-    reason = (
-        "this torch is a CPU build" if torch.version.cuda is None else "torch finds no CUDA device"
-    )
-    return f"device cuda is not there: {reason}"
+    why = "torch finds no CUDA device"
+    if torch.version.cuda is None:
+        why = "this torch is a CPU build, and one for CUDA is at pytorch.org"
+    return f"device cuda is not there: {why}"
 
 
 def missing_physics(physics: str) -> str:

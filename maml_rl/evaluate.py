@@ -190,7 +190,7 @@ def evaluate(
     returns, sds, measures = [], [], []
     with (
         reproducible(device),
-        Chunks(threads, size) as chunks,
+        Chunks(threads if device == "cpu" else 1, size) as chunks,
         Sampler(
             family,
             policy,

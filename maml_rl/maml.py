@@ -176,6 +176,7 @@ class MetaObjective:
         chunks: Chunks,
         linearise: Linearise = linearise,
         pool: int | None = None,
+        keep: bool | None = None,
     ) -> None:
         """Set up around one theta.
 
@@ -188,6 +189,9 @@ class MetaObjective:
             linearise: makes the products of some tasks.
             pool: live steps that the divergence is the mean over; by default those of `outer`. More
                 where these tasks are part of a batch.
+            keep: whether the linearisations of all chunks are kept, or made again for each product;
+                by default they are not on a GPU where there are several, since it is short of
+                memory.
         """
         self._inner = inner
         self._points = points
@@ -206,15 +210,10 @@ class MetaObjective:
             self._old_means = chunks.map(self._means_of(points[-1]), self._tasks)
         self._old_log_std = log_std(points[-1]).detach()
 
-        def linearise_chunk(start: int, stop: int) -> Linearisation:
-            return linearise(
-                inner,
-                [of_tasks(p, start, stop) for p in points],
-                [b.of_tasks(start, stop) for b in batches],
-                outer.of_tasks(start, stop),
-            )
-
-        self._linear = chunks.map(linearise_chunk, self._tasks)
+        self._linearise = linearise
+        if keep is None:
+            keep = outer.weights.device.type == "cpu" or len(self._outer) == 1
+        self._kept = chunks.map(self._linearised, self._tasks) if keep else None
 
     def _means_of(self, params: Params) -> Callable[[int, int], Tensor]:
         network = self._inner.policy.network
@@ -227,6 +226,21 @@ class MetaObjective:
 
     def _chunk(self, start: int) -> int:
         return start // (self._chunks.size or self._tasks)
+
+    def _linearised(self, start: int, stop: int) -> Linearisation:
+        """Linearise one chunk."""
+        return self._linearise(
+            self._inner,
+            [of_tasks(p, start, stop) for p in self._points],
+            [b.of_tasks(start, stop) for b in self._batches],
+            self._outer[self._chunk(start)],
+        )
+
+    def _linear(self, start: int, stop: int) -> Linearisation:
+        """Return a chunk's linearisation."""
+        if self._kept is None:
+            return self._linearised(start, stop)
+        return self._kept[self._chunk(start)]
 
     def _pooled(self, start: int, stop: int) -> Tensor:
         """Return the weights of a chunk's steps in the divergence: a task counts by its steps."""
@@ -245,7 +259,7 @@ class MetaObjective:
             surrogate = self._surrogate(means, log_std(point), start, stop).sum()
             slopes = torch.autograd.grad(surrogate, list(point.values()))
             covectors = flatten(dict(zip(point, slopes, strict=True)), axes=1)
-            return self._linear[self._chunk(start)].pull(covectors)
+            return self._linear(start, stop).pull(covectors)
 
         return torch.cat(self._chunks.map(terms, self._tasks))
 
@@ -253,7 +267,7 @@ class MetaObjective:
         """Return each task's share of the KL's Hessian at theta times `vector` (d,), (M, d)."""
 
         def terms(start: int, stop: int) -> Tensor:
-            linear = self._linear[self._chunk(start)]
+            linear = self._linear(start, stop)
             pushed = linear.push(vector.expand(stop - start, -1))
             return linear.pull(linear.fisher(pushed, self._pooled(start, stop)))
 

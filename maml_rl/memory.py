@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -95,10 +96,16 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
             )
 
 
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Failed to allocate \d+ bytes|STATUS_ALLOC_FAILED"
+)
+"""What torch, CUDA, mujoco_warp and cuBLAS say in errors of a general kind."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory did not suffice, on the CPU or a GPU."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or NO_MEMORY.search(str(error)) is not None
 
 
 def repeated_where_memory_fails(attempt: Callable[[], T], take_less: Callable[[], None]) -> T:

@@ -66,7 +66,8 @@ class SamplingSettings:
     """`episodes`: K episodes. `steps`: whole episodes until a task holds K H live steps, as the
     paper did; the two differ where episodes end early."""
     tasks_at_once: int = 0
-    """Tasks that are simulated together; 0 is all. Fewer take less memory, and change nothing."""
+    """Tasks that are simulated together; 0 is all. Fewer take less memory, and change nothing (on a
+    GPU, nothing but rounding)."""
     max_diverged: float = 0.1
     """Fraction of a batch's episodes whose simulation may break down; above it the run stops."""
 
@@ -162,6 +163,18 @@ class Sampler(AbstractContextManager["Sampler"]):
             RunWarning: if physics on a GPU had no room for all contacts.
         """
         self._rollout.divergence = None
+        try:
+            episodes = self._sample(params, tasks, seeds, first)
+        except SamplingError as error:
+            if trouble := self._rollout.trouble():
+                error.args = (f"{error}; {trouble}",)
+            raise
+        if trouble := self._rollout.trouble():
+            warnings.warn(trouble, RunWarning, stacklevel=2)
+        return episodes
+
+    def _sample(self, params: Params, tasks: Tensor, seeds: Seeds, first: int) -> Episodes:
+        """Sample the batch, part by part."""
         with torch.no_grad(), torch_threads(1), as_it_comes():
             parts = []
             for start in range(0, len(tasks), self._tasks):
@@ -170,9 +183,6 @@ class Sampler(AbstractContextManager["Sampler"]):
                 here = tasks[rows].cpu()
                 parts.append(self._sample_tasks(part, here, seeds[rows], first + start))
             episodes = join_episodes(parts)
-        trouble = self._rollout.trouble()
-        if trouble:
-            warnings.warn(trouble, RunWarning, stacklevel=2)
         broken = int(episodes.diverged.sum())
         sampled = int((episodes.diverged | episodes.alive[:, :, 0]).sum())
         check_diverged(broken, sampled, self._max_diverged, self.divergence)

@@ -92,7 +92,8 @@ class Trainer:
         )
         size = state.chunk_size or chunk_size(settings.tasks, experiment.device, task_bytes)
         on_device = to_device(theta, experiment.device)
-        return cls(experiment, policy, on_device, state, sampler, Chunks(experiment.threads, size))
+        chunks = chunks_for(experiment, size)
+        return cls(experiment, policy, on_device, state, sampler, chunks)
 
     def step(self) -> Row:
         """Do one meta-iteration and return its metrics.
@@ -163,7 +164,7 @@ class Trainer:
             stacklevel=3,
         )
         self.chunks.close()
-        self.chunks = Chunks(self.experiment.threads, size // 2)
+        self.chunks = chunks_for(self.experiment, size // 2)
         self.state = replace(self.state, chunk_size=size // 2)
         if self.experiment.device == "cuda":
             torch.cuda.empty_cache()
@@ -230,6 +231,11 @@ class Trainer:
         """Release worlds and threads."""
         self.sampler.close()
         self.chunks.close()
+
+
+def chunks_for(experiment: Experiment[TaskFamily], size: int) -> Chunks:
+    """Make chunks of so many tasks; on a GPU one after another, so that its memory holds one."""
+    return Chunks(experiment.threads if experiment.device == "cpu" else 1, size)
 
 
 def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None) -> RunStopped:
@@ -331,6 +337,9 @@ def resume(
         state = state_to_go_on(
             found.state, max_refused=experiment.max_refused, iterations=iterations, run=run
         )
+        if experiment.device != own.device:
+            # What fitted there says nothing of here.
+            state = replace(state, chunk_size=0)
         check_memory(experiment, "sampling")
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -110,6 +111,9 @@ class TrainedPolicy:
                 episodes=settings.episodes if episodes is None else episodes,
                 action_scale=experiment.policy.action_scale,
                 threads=experiment.threads,
+                device=params[LOG_STD].device.type,
+                physics=experiment.physics,
+                warp=experiment.warp,
             ) as sampler,
         ):
             for adapted, _ in adapt_to_tasks(
@@ -172,7 +176,8 @@ def new_policy(experiment: Experiment[TaskFamily], mean: nn.Module | None = None
     check_policy_memory(experiment)
     family = experiment.family
     inputs, outputs = observation_size(experiment), len(family.action_columns)
-    module = None if mean is None else mean.to(experiment.device)
+    # A copy: `to` would move the caller's own.
+    module = None if mean is None else copy.deepcopy(mean).to(experiment.device)
     policy = make_policy(experiment.policy, inputs, outputs, module)
     theta = to_device(policy.initial_parameters(experiment.seed), experiment.device)
     with torch.no_grad():

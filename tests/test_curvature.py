@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -583,6 +584,30 @@ def test_the_number_of_threads_changes_no_bit(size: int) -> None:
         others, again = everything(problem, threads, size)
         assert values == again
         assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_linearisations_are_kept_or_made_again_with_the_same_bits(keep: bool) -> None:
+    """On a GPU in chunks they are made again for every product, one chunk at a time."""
+    problem = in_float32(make_problem(steps=2, layers=WIDE))
+    made: list[int] = []
+
+    def counted(*arguments: Any) -> Linearisation:
+        made.append(len(arguments[3].weights))
+        return linearise(*arguments)
+
+    with problem.objective() as usual:
+        expected, d = usual.gradient(), len(usual.gradient())
+        vector = torch.linspace(-1.0, 1.0, d)
+        product = usual.product(vector)
+    chunks = Chunks(1, 1)
+    objective = MetaObjective(
+        problem.inner, problem.points(), problem.batches, problem.outer, chunks, counted, keep=keep
+    )
+    assert torch.equal(objective.gradient(), expected)
+    assert torch.equal(objective.product(vector), product)
+    assert made == [1] * 3 * (1 if keep else 2)
+    chunks.close()
 
 
 @pytest.mark.parametrize("layers", [NARROW, WIDE])

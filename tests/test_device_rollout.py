@@ -18,17 +18,19 @@ from envs.half_cheetah import HalfCheetahDir, HalfCheetahVel
 from envs.locomotion import LocomotionFamily, LocomotionWorlds
 from envs.navigation import Navigation2D, NavigationWorlds
 from maml_rl.adapt import Params, broadcast
+from maml_rl.config import Experiment
 from maml_rl.device_rollout import DeviceRollout
-from maml_rl.devices import reproducible
+from maml_rl.devices import Device, reproducible
 from maml_rl.episodes import Episodes
 from maml_rl.errors import RunWarning
 from maml_rl.noise import EpisodeDraws
 from maml_rl.policy import LOG_STD, GaussianPolicy, PolicySettings, make_policy
+from maml_rl.replay import play
 from maml_rl.rollout import ActionError, Divergence, HostRollout, Loop, Rollout, SamplingError, Wave
 from maml_rl.sampler import Sampler, task_seeds
 from maml_rl.seeds import TRAINING
 from maml_rl.trained import to_device
-from tests.fake_device import FAKE, CaptureError, captured, fake_device
+from tests.fake_device import FAKE, CaptureError, captured, fake_device, rehearsed
 from tests.test_rollout import SCRIPT, check_same_divergence, observing
 from tests.test_sampler import (
     SEEDS,
@@ -85,8 +87,11 @@ class ScriptedDeviceWorlds:
     def observe(self) -> Tensor:
         return torch.stack([self.starts, self.taken], 1)
 
+    def _mask(self, where: Tensor | None) -> Tensor:
+        return torch.ones_like(self.over) if where is None else where
+
     def reset(self, tasks: Tensor, starts: Tensor, where: Tensor | None = None) -> Tensor:
-        assert where is not None
+        where = self._mask(where)
         self.tasks.copy_(torch.where(where[:, None], tasks, self.tasks))
         self.starts.copy_(torch.where(where, starts[:, 0], self.starts))
         self.taken.masked_fill_(where, 0.0)
@@ -94,7 +99,7 @@ class ScriptedDeviceWorlds:
         return self.observe()
 
     def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
-        assert where is not None
+        where = self._mask(where)
         self.stepped_late.logical_or_(where & self.over)
         self.taken.add_(where)
         ends, diverges, below = self.tasks.T
@@ -122,13 +127,6 @@ class ScriptedDeviceWorlds:
     def close(self) -> None:
         assert not self.stepped_late.any(), "worlds that were over were stepped"
         self.closed = True
-
-
-def rehearsed(body: Callable[[], None]) -> Callable[[], None]:
-    """Run `body` twice and a third time to capture it, as a GPU's physics does."""
-    for _ in range(2):
-        body()
-    return captured(body)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +466,21 @@ def test_a_breakdown_is_kept_with_all_that_led_to_it() -> None:
     assert rollout.divergence is found
 
 
+@pytest.mark.parametrize("device", ["cpu", FAKE])
+def test_a_breakdown_there_is_seen_again_there(device: Device) -> None:
+    """Its start and its actions lead to the same step, in a world on the device by itself."""
+    family = ScriptedThere(graph=True)
+    experiment: Experiment[TaskFamily] = Experiment(
+        name="x", family=family, iterations=1, device=device, physics="warp"
+    )
+    with fake_device():
+        _, broken = sample(DeviceRollout, family, SCRIPT, device=device)
+        assert broken is not None
+        assert play(experiment, broken).diverged_at == len(broken.actions) - 1 == 1
+        calm = replace(broken, task=np.array([0.0, 0.0, 0.0]))
+        assert play(experiment, calm).diverged_at is None
+
+
 def test_too_many_breakdowns_stop_the_sampling() -> None:
     """With the first of them, as on the CPU."""
     family = ScriptedThere()
@@ -536,6 +549,32 @@ def test_an_episode_crosses_over_and_waits_no_more_the_longer_it_is(
     assert short == long
     assert short == (5, 5)
     assert events(family(horizon=4, goal_radius=0.0), 2) == (5, 5)
+
+
+def test_a_control_step_is_run_by_python_only_to_capture_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice to rehearse, once to capture, and never again in episodes of any number of steps."""
+    calls: list[int] = []
+    good = GraphedWorlds.step
+
+    def spy(self: GraphedWorlds, actions: Tensor, where: Tensor | None = None) -> Transition:
+        calls.append(self.count)
+        return good(self, actions, where)
+
+    monkeypatch.setattr(GraphedWorlds, "step", spy)
+    events(Graphed(horizon=9), 3)
+    assert calls == [3 * K] * 3
+
+
+def test_tasks_may_be_on_the_device_too() -> None:
+    """For either kind of worlds: the same episodes as of tasks on the CPU."""
+    tasks = tasks_of(NAVIGATION)
+    for kind in (HostRollout, DeviceRollout):
+        expected, _ = sample(kind, NAVIGATION, tasks)
+        with fake_device():
+            found, _ = sample(kind, NAVIGATION, tasks.to(FAKE), device=FAKE)
+        check_same(expected, found)
 
 
 def test_what_cannot_be_captured_is_an_error() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import maml_rl
-from envs.family import TaskFamily
+from envs.family import DeviceWorlds, TaskFamily, WarpSettings
+from envs.navigation import Navigation2D, NavigationWorlds
 from maml_rl import maml
-from maml_rl.adapt import Params
+from maml_rl.adapt import Params, broadcast
 from maml_rl.assess import evaluate_policy, load_subject
 from maml_rl.checkpoints import FRESH, Origin, read_checkpoint, write_checkpoint
 from maml_rl.chunks import Chunks
@@ -43,6 +45,7 @@ from maml_rl.episodes import Steps
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import Evaluation
 from maml_rl.maml import update_bytes
+from maml_rl.policy import make_policy
 from maml_rl.runs import Row, RunFolder
 from maml_rl.supervised.config import load_experiment as load_supervised
 from maml_rl.supervised.evaluate import Outcome, Subject, outcomes_of
@@ -54,7 +57,7 @@ from maml_rl.train import Trainer, meta_train, resume
 from maml_rl.trained import TrainedPolicy, new_policy, to_device
 from maml_rl.versions import differences, versions
 from tests.conftest import rows
-from tests.fake_device import FAKE, TO_DEVICE, TO_HOST, DeviceMixError, fake_device
+from tests.fake_device import FAKE, TO_DEVICE, TO_HOST, DeviceMixError, fake_device, rehearsed
 from tests.tiny import SETTINGS, flags
 from tests.tiny_supervised import SINUSOID
 
@@ -289,17 +292,61 @@ def test_an_iteration_of_a_module_on_the_device_is_that_of_the_cpu(
     assert seen == metrics
 
 
+def test_a_module_of_ones_own_is_left_where_it_was() -> None:
+    """What is moved is a copy; and one that nobody moved is of use on the device all the same."""
+    experiment = load_experiment("navigation", **SETTINGS)
+    mean = Scaled(2, 2)
+    theta = make_policy(experiment.policy, 2, 2, mean).initial_parameters(0)
+    rows = torch.linspace(-1.0, 1.0, 2 * 3 * 2).reshape(2, 3, 2)
+    with fake_device():
+        moved = new_policy(replace(experiment, device=FAKE), mean)
+        assert {p.device.type for p in moved.params.values()} == {FAKE}
+        assert {t.device.type for t in mean.state_dict().values()} == {"cpu"}
+        check_same(to_device(moved.params, "cpu"), theta)
+        params = broadcast(moved.params, 2)
+        expected = moved.policy.network.of_tasks(params, rows.to(FAKE))
+        unmoved = make_policy(experiment.policy, 2, 2, mean).network
+        assert torch.equal(unmoved.of_tasks(params, rows.to(FAKE)).cpu(), expected.cpu())
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("count", ["episodes", "steps"])
-def test_an_iteration_whose_worlds_are_there_too_is_that_of_the_cpu(count: str, own: bool) -> None:
-    """Points need no simulator: `physics: warp` on either device gives the same bits."""
+def test_an_iteration_whose_worlds_are_there_too_is_that_of_the_cpu(
+    count: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points need no simulator: `physics: warp` on either device gives the same bits. On the device
+    a control step is captured: it copies nothing, a module's buffer included."""
     changes = {"sampling__count": count, "sampling__tasks_at_once": 3}
     experiment = load_experiment("navigation", **{**SETTINGS, **changes})
     expected, metrics, _ = iterations(experiment, "cpu", physics="warp", own=own)
+    monkeypatch.setattr(NavigationWorlds, "as_graph", lambda self, body: rehearsed(body))
     with fake_device():
         found, seen, _ = iterations(experiment, FAKE, physics="warp", own=own)
     check_same(found, expected)
     assert seen == metrics
+
+
+def test_worlds_are_made_where_and_as_the_experiment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `physics: warp` both training and a test make worlds on the policy's device, with the
+    experiment's own settings; otherwise neither does."""
+    experiment = load_experiment("navigation", **{**SETTINGS, "warp__njmax": 7})
+    made: list[tuple[int, str, WarpSettings]] = []
+    good = Navigation2D.make_device_worlds
+
+    def spy(
+        self: Navigation2D, count: int, *, device: str | torch.device, settings: WarpSettings
+    ) -> DeviceWorlds:
+        made.append((count, torch.device(device).type, settings))
+        return good(self, count, device=device, settings=settings)
+
+    monkeypatch.setattr(Navigation2D, "make_device_worlds", spy)
+    with fake_device():
+        for physics in ("cpu", "warp"):
+            iterations(experiment, FAKE, physics=physics)
+            fresh = new_policy(replace(experiment, device=FAKE))
+            evaluate_policy(replace(fresh, experiment=replace(fresh.experiment, physics=physics)))
+    # 4 training tasks and 2 of the test, 3 episodes each.
+    assert made == [(count, FAKE, WarpSettings(njmax=7)) for count in (12, 6)]
 
 
 def test_where_memory_fails_tasks_go_in_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +498,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-CPU_BUILD = "device cuda is not there: this torch is a CPU build"
+CPU_BUILD = (
+    "device cuda is not there: this torch is a CPU build, and one for CUDA is at pytorch.org"
+)
 NO_DEVICE = "device cuda is not there: torch finds no CUDA device"
 NO_WARP = r"physics warp needs mujoco-warp, which is not installed: pip install mujoco-warp==[\d.]+"
 
@@ -463,11 +512,11 @@ def test_a_device_that_is_not_there_is_told_with_the_cure(
     """Because of torch's build, or of the machine: refused where it was asked for, and replaced
     with a warning where a run was made with it."""
     monkeypatch.setattr(torch.version, "cuda", build)
-    with pytest.raises(InputError, match=f"^{why}; use --device cpu$"):
+    with pytest.raises(InputError, match=f"^{re.escape(why)}; use --device cpu$"):
         check_place("cuda")
-    with pytest.raises(InputError, match=f"^{why}; use --device cpu$"):
+    with pytest.raises(InputError, match=f"^{re.escape(why)}; use --device cpu$"):
         device_for("cpu", "cuda")
-    with pytest.warns(RunWarning, match=f"^{why}; the CPU is used instead$"):
+    with pytest.warns(RunWarning, match=f"^{re.escape(why)}; the CPU is used instead$"):
         assert device_for("cuda", None) == "cpu"
     assert device_for("cuda", "cpu") == device_for("cpu", None) == "cpu"
 
@@ -640,7 +689,7 @@ def test_a_run_from_a_gpu_is_not_resumed_here_unless_told_to(from_a_gpu: Path) -
     """A sentence that names the flag, and nothing is touched; told to, it goes on with the bits of
     a run on the CPU, and says from then on that it is one."""
     before = contents(from_a_gpu)
-    with pytest.raises(InputError, match=f"^{CPU_BUILD}; use --device cpu$"):
+    with pytest.raises(InputError, match=f"^{re.escape(CPU_BUILD)}; use --device cpu$"):
         resume(from_a_gpu, iterations=4)
     with pytest.raises(InputError, match=f"^{NO_WARP}; or use --physics cpu$"):
         resume(from_a_gpu, iterations=4, device="cpu")

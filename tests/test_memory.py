@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from maml_rl import memory
 from maml_rl.config import load_experiment, shipped_experiments
 from maml_rl.errors import InputError
-from maml_rl.memory import check_memory
+from maml_rl.memory import check_memory, is_out_of_memory
 from maml_rl.trained import new_policy
 
 
@@ -66,3 +67,19 @@ def test_what_no_machine_holds_is_refused_before_memory_is_taken(
     absurd = load_experiment("ant_dir", **{"family__horizon": 1000, **sizes})
     with pytest.raises(InputError, match=rf"[0-9,]+\.[0-9] GB: {lower}"):
         check_memory(absurd, "sampling", "evaluation")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "Failed to allocate 4294967296 bytes on device 'cuda:0'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_does_not_suffice_is_told_by_what_libraries_say(said: str) -> None:
+    """torch on a CPU and a GPU, warp and cuBLAS raise errors of a general kind."""
+    assert is_out_of_memory(RuntimeError(said))
+    assert is_out_of_memory(torch.OutOfMemoryError("any"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))

@@ -1,7 +1,8 @@
 """A batch of worlds against one MjData a world and plain mj_step.
 
 On CPU threads bit for bit; by mujoco_warp, in float32, within what rounding makes of four steps.
-What a backend promises of its own numbers is bit for bit for both.
+What a backend promises of its own numbers is bit for bit for both. mujoco_warp's worlds are on the
+CPU, or where MAML_RL_WARP_DEVICE says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from envs.physics import CpuPhysics, Physics
+from tests.on_host import DEVICE, live, numbered, physics_on_host
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -173,6 +175,7 @@ class Backend(NamedTuple):
     """Its history with that of the plain loop."""
     rounding: float
     """Of a reading that is 1."""
+    device: str
 
 
 def on_threads(model: mujoco.MjModel, count: int) -> Physics:
@@ -182,11 +185,12 @@ def on_threads(model: mujoco.MjModel, count: int) -> Physics:
 def by_warp(model: mujoco.MjModel, count: int) -> Physics:
     from envs.warp import WarpPhysics
 
-    return WarpPhysics(model, count, device="cpu")
+    return physics_on_host(WarpPhysics(model, count, device=DEVICE))
 
 
-CPU = Backend(on_threads, np.float64, assert_same_bits, 1e-12)
-WARP = Backend(by_warp, np.float32, functools.partial(assert_near, Widths(1e-5, 1e-3, 1e-4)), 1e-6)
+CPU = Backend(on_threads, np.float64, assert_same_bits, 1e-12, "cpu")
+NEAR = functools.partial(assert_near, Widths(1e-5, 1e-3, 1e-4))
+WARP = Backend(by_warp, np.float32, NEAR, 1e-6, DEVICE)
 
 both_backends = pytest.mark.parametrize(
     "backend",
@@ -379,7 +383,7 @@ def test_a_broken_world_is_flagged_and_harms_no_other(
         assert not physics.diverged.any()
         physics.step(torch.from_numpy(bad["ctrl"][0]), 2)
         assert physics.diverged.tolist() == flags.tolist()
-        handed_out = physics.diverged
+        handed_out = live(physics).diverged
         for got, wanted in zip(present(physics), expected, strict=True):
             np.testing.assert_array_equal(got[others], wanted[1][others])
         physics.step(torch.from_numpy(bad["ctrl"][1]), 2)
@@ -428,14 +432,14 @@ def test_divergence_is_kept_per_world(
 
     physics.set_state(qpos, qvel)
     physics.step(ctrl, 1)
-    handed_out = physics.diverged
+    handed_out = live(physics).diverged
     assert handed_out.tolist() == [True, True, False]
     physics.set_state(qpos, torch.zeros_like(qvel), torch.tensor([True, False, False]))
     assert physics.diverged.tolist() == [False, True, False]
     assert handed_out.tolist() == [True, True, False], "a flag in a caller's hands changed"
     # A velocity written into the live view breaks the next step, also of a world broken before.
     for _ in range(2):
-        physics.qvel[1, 4] = 1e12
+        live(physics).qvel[1, 4] = 1e12
         physics.step(ctrl, 1)
         assert physics.diverged.tolist() == [False, True, False]
 
@@ -502,7 +506,7 @@ def test_sensors_are_found_by_name(backend: Backend) -> None:
     shapes = [tuple(physics.sensor(name).shape) for name in ("place", "velocity")]
     assert list(itertools.chain(*shapes)) == [2, 3, 2, 3]
 
-    handed_out = physics.sensor("place")
+    handed_out = live(physics).sensor("place")
     physics.set_state(torch.ones(2, 9, dtype=torch.float64), qvel)
     assert handed_out[0].tolist() == pytest.approx(middle, abs=backend.rounding), "no copy"
 
@@ -546,16 +550,18 @@ def test_one_world_can_be_looked_at(backend: Backend) -> None:
 
 @both_backends
 def test_there_is_room_and_nothing_to_launch(backend: Backend) -> None:
-    """On a CPU a body is its own graph; worlds and their tensors lie there."""
-    physics = backend.make(load("half_cheetah", sensors=True), 2)
+    """On a CPU a body is its own graph; worlds and their tensors lie on the device asked for."""
+    physics = live(backend.make(load("half_cheetah", sensors=True), 2))
+    ctrl = torch.zeros(2, 6, device=physics.device)
 
     def body() -> None:
-        physics.step(torch.zeros(2, 6), 1)
+        physics.step(ctrl, 1)
 
-    assert physics.as_graph(body) is body
-    body()
+    launch = physics.as_graph(body)
+    assert (launch is body) == (physics.device.type == "cpu")
+    launch()
     assert physics.trouble() == ""
-    assert physics.device == torch.device("cpu")
+    assert physics.device == numbered(backend.device)
     fields = (physics.qpos, physics.qvel, physics.sensor("place"))
     assert {field.dtype for field in fields} == {torch.from_numpy(np.ones(1, backend.number)).dtype}
     assert {field.device for field in fields} == {physics.device}

@@ -93,6 +93,7 @@ def test_every_link_and_file_exists() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
             name, _, heading = target.partition("#")
+            name = name or "README.md"
             assert (ROOT / name).exists(), target
             if heading:
                 lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

@@ -38,7 +38,7 @@ def test_a_device_is_measured_case_by_case(
     assert json.loads(capsys.readouterr().out) == []
     assert run([*words, "--seconds", "1e-9"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "left out for want of time: half_cheetah_dir, physics" in said
+    assert f"left out: half_cheetah_dir, physics {physics}, 20 worlds, for want of time" in said
     assert run([*words[:-1], "1", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert {f["case"] for f in figures} == {f"half_cheetah_dir, physics {physics}, 20 worlds"}

@@ -236,3 +236,22 @@ def test_navigation_is_learned_in_seconds() -> None:
     after = evaluate_policy(meta_train(experiment)).returns.mean(1)
     assert after[1] > before[1] + 10.0
     assert after[1] > after[0] + 10.0
+
+
+def test_a_chunk_that_fitted_elsewhere_says_nothing_of_here(tmp_path: Path) -> None:
+    """Where memory once did not suffice on one device, another begins anew."""
+    experiment = load_experiment("navigation", **SETTINGS)
+    meta_train(experiment, out=tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    found = folder.load()
+    with folder:
+        folder.lock()
+        folder.go_on_from(found, found.origin)
+        halved = replace(found.state, chunk_size=1)
+        folder.save(found.theta, halved, best=None, optimizer={})
+    resume(tmp_path / "run", iterations=4)
+    assert RunFolder.open(tmp_path / "run").load().state.chunk_size == 1
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("device: cpu", "device: cuda"))
+    resume(tmp_path / "run", iterations=5, device="cpu")
+    assert RunFolder.open(tmp_path / "run").load().state.chunk_size == 0

@@ -1,6 +1,7 @@
-"""Physics by mujoco_warp on a CPU: next to MuJoCo's, its room, and what it does about trouble.
+"""Physics by mujoco_warp: next to MuJoCo's, its room, and what it does about trouble.
 
-What it shares with physics on CPU threads is in `test_physics.py`, for both.
+What it shares with physics on CPU threads is in `test_physics.py`, for both. Worlds are on the
+CPU, or where MAML_RL_WARP_DEVICE says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mujoco
 import numpy as np
@@ -24,11 +25,9 @@ from envs.ant import AntDir
 from envs.family import Draws, FamilyError, TaskFamily, Transition, WarpSettings, decided
 from envs.locomotion import LocomotionFamily
 from envs.navigation import Navigation2D
-from envs.physics import CpuPhysics
+from envs.physics import CpuPhysics, Physics
+from tests.on_host import DEVICE, numbered, physics_on_host, worlds_on_host
 from tests.test_gymnasium_family import pendulum
-
-if TYPE_CHECKING:
-    from envs.warp import WarpPhysics
 
 needs_warp = pytest.mark.skipif(
     importlib.util.find_spec("mujoco_warp") is None, reason="needs mujoco-warp"
@@ -37,10 +36,10 @@ needs_warp = pytest.mark.skipif(
 `slow` as well."""
 
 
-def by_warp(model: mujoco.MjModel, count: int, settings: WarpSettings | None = None) -> WarpPhysics:
+def by_warp(model: mujoco.MjModel, count: int, settings: WarpSettings | None = None) -> Physics:
     from envs.warp import WarpPhysics
 
-    return WarpPhysics(model, count, device="cpu", settings=settings)
+    return physics_on_host(WarpPhysics(model, count, device=DEVICE, settings=settings))
 
 
 def model_of(family: LocomotionFamily) -> mujoco.MjModel:
@@ -227,7 +226,8 @@ def test_episodes_are_alike(
     with family.make_worlds(worlds, threads=1) as plain:
         first = plain.reset(tasks, starts.astype(np.float64))
         expected = outcomes(first, plain.step, policy, height)
-    warp = family.make_device_worlds(worlds, device="cpu", settings=WarpSettings())
+    made = family.make_device_worlds(worlds, device=DEVICE, settings=WarpSettings())
+    warp = worlds_on_host(made)
     first = warp.reset(tasks, torch.from_numpy(starts))
     got = outcomes(first, warp.step, policy, height)
     assert warp.trouble() == ""
@@ -574,8 +574,7 @@ def test_worlds_without_room_for_constraints_diverge(capfd: pytest.CaptureFixtur
     assert tight.qvel[1::2].tolist() == roomy.qvel[1::2].tolist()
     tight.step(ctrl, 1, torch.tensor([False, True, True, True]))
     wanted = (
-        "2 of 4 worlds had more constraints than there is room for on the GPU: "
-        "raise warp.njmax (now 3)"
+        "2 of 4 worlds had more constraints than mujoco_warp had room for: raise warp.njmax (now 3)"
     )
     assert tight.trouble() == wanted
     assert tight.trouble() == ""
@@ -608,8 +607,7 @@ def test_worlds_without_room_for_contacts_diverge(capfd: pytest.CaptureFixture[s
     physics.step(ctrl, 1)
     assert physics.diverged.tolist() == [True, True]
     wanted = (
-        "2 of 2 worlds had more contacts than there is room for on the GPU: "
-        "raise warp.nconmax (now 1)"
+        "2 of 2 worlds had more contacts than mujoco_warp had room for: raise warp.nconmax (now 1)"
     )
     assert physics.trouble() == wanted
     assert physics.trouble() == ""
@@ -729,10 +727,16 @@ def test_a_world_does_not_depend_on_the_others(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_determinism_is_asked_of_the_simulator(deterministic: bool) -> None:
-    """On a CPU, one thread adds in one order anyway."""
+    """All of it or none. On a CPU, one thread adds in one order anyway."""
+    from mujoco_warp import DeterminismType
+
+    from envs.warp import WarpPhysics
+
     model, _, _ = ants([1.0])
-    physics = by_warp(model, 1, WarpSettings(deterministic=deterministic))
-    assert bool(physics._model.opt.deterministic) == deterministic
+    settings = WarpSettings(deterministic=deterministic)
+    physics = WarpPhysics(model, 1, device=DEVICE, settings=settings)
+    wanted = DeterminismType.ALL if deterministic else DeterminismType.NONE
+    assert physics._model.opt.deterministic == wanted
 
 
 # Settings, and what is not installed.
@@ -909,8 +913,8 @@ def test_a_reset_takes_starts_as_tensors(name: str) -> None:
     where = np.array([True, False, True])
     starts = np.where(where[:, None], new, old)
     tasks = torch.where(torch.from_numpy(where[:, None]), other, one)
-    warp = family.make_device_worlds(3, device="cpu", settings=WarpSettings())
-    assert (warp.count, warp.device) == (3, torch.device("cpu"))
+    warp = worlds_on_host(family.make_device_worlds(3, device=DEVICE, settings=WarpSettings()))
+    assert (warp.count, warp.device) == (3, numbered(DEVICE))
     near = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
     with family.make_worlds(3, threads=1) as plain:
         first = warp.reset(one, torch.from_numpy(old).float())
@@ -927,11 +931,15 @@ def test_a_reset_takes_starts_as_tensors(name: str) -> None:
 
 
 def test_points_on_a_device_are_the_points_they_were() -> None:
-    """Bit for bit: reset and stepped, all or some of them, to the goal and elsewhere."""
+    """Reset and stepped, all or some of them, to the goal and elsewhere.
+
+    Bit for bit, but for a distance on a GPU.
+    """
     family = Navigation2D(goal_radius=0.1)
     plain = family.make_worlds(4)
-    device = family.make_device_worlds(4, device="cpu", settings=WarpSettings())
-    assert (device.count, device.device) == (4, torch.device("cpu"))
+    device = worlds_on_host(family.make_device_worlds(4, device=DEVICE, settings=WarpSettings()))
+    assert (device.count, device.device) == (4, numbered(DEVICE))
+    rounding = 0.0 if device.device.type == "cpu" else 1e-6
     rng = np.random.default_rng(3)
     tasks = torch.from_numpy(family.sample_tasks(4, rng))
     tasks[0] = 0.15
@@ -943,7 +951,9 @@ def test_points_on_a_device_are_the_points_they_were() -> None:
         for _ in range(3):
             actions = torch.from_numpy(rng.normal(0.05, 0.1, (4, 2))).float()
             wanted, got = plain.step(actions, mask), device.step(actions, mask)
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+            for field, a, b in zip(Transition._fields, got, wanted, strict=True):
+                width = rounding if field in ("rewards", "measures") else 0.0
+                torch.testing.assert_close(a, b, rtol=width, atol=width)
             ended += int(wanted.terminated.sum())
         tasks = tasks.roll(1, 0)
     assert ended > 0

@@ -2,13 +2,16 @@
 
     python experiments/results/compare_curves.py RUN OTHER
 
-A row is a tenth of the control steps that both have taken, with the mean return of the batches in
-it before and after adaptation.
+A row is a tenth of the control steps that both have taken: the mean return of the batches in it
+after adaptation and, in brackets, their number; and the difference, with the standard error that
+the spread of the batches gives it. It says nothing of how much two seeds of one setting differ.
 """
 
 from __future__ import annotations
 
 import csv
+import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,15 +20,27 @@ ROWS = 10
 
 def read(run: Path) -> list[dict[str, float]]:
     """Return the numbers of a run's metrics.csv, row by row."""
-    names = ("env_steps", "return_0", "return_1")
+    names = ("env_steps", "return_1")
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{name: float(row[name]) for name in names} for row in csv.DictReader(file)]
 
 
-def mean(rows: list[dict[str, float]], name: str, low: float, high: float) -> str:
-    """Return the mean of a column over the rows between two numbers of control steps."""
-    values = [row[name] for row in rows if low < row["env_steps"] <= high]
-    return f"{sum(values) / len(values):.1f} ({len(values)})" if values else "-"
+def between(rows: list[dict[str, float]], low: float, high: float) -> list[float]:
+    """Return the returns after adaptation between two numbers of control steps."""
+    return [row["return_1"] for row in rows if low < row["env_steps"] <= high]
+
+
+def mean(values: list[float]) -> str:
+    """Return a mean and how many it is of."""
+    return f"{statistics.fmean(values):.1f} ({len(values)})" if values else "-"
+
+
+def difference(one: list[float], other: list[float]) -> str:
+    """Return the difference of two means with its standard error."""
+    if min(len(one), len(other)) < 2:
+        return "-"
+    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (one, other)))
+    return f"{statistics.fmean(one) - statistics.fmean(other):+.1f} +- {error:.1f}"
 
 
 def main(paths: list[str]) -> None:
@@ -34,21 +49,19 @@ def main(paths: list[str]) -> None:
         raise SystemExit(__doc__)
     runs = [read(Path(path)) for path in paths]
     shared = min(rows[-1]["env_steps"] for rows in runs)
-    print("Mean return of training batches (their number), before -> after one gradient step")
-    print(f"{'million control steps':>22}  " + "  ".join(f"{Path(p).name:>34}" for p in paths))
+    print("Mean return of training batches after one gradient step (their number)")
+    names = "  ".join(f"{Path(path).name:>28}" for path in paths)
+    print(f"{'million control steps':>22}  {names}  {'difference':>16}")
     for part in range(ROWS):
         low, high = shared * part / ROWS, shared * (part + 1) / ROWS
-        cells = [
-            f"{mean(rows, 'return_0', low, high)} -> {mean(rows, 'return_1', low, high)}"
-            for rows in runs
-        ]
-        print(f"{high / 1e6:22.1f}  " + "  ".join(f"{cell:>34}" for cell in cells))
+        one, other = (between(rows, low, high) for rows in runs)
+        cells = f"{mean(one):>28}  {mean(other):>28}  {difference(one, other):>16}"
+        print(f"{high / 1e6:22.1f}  {cells}")
     for path, rows in zip(paths, runs, strict=True):
-        last = rows[-10:]
-        after = sum(row["return_1"] for row in last) / len(last)
+        last = [row["return_1"] for row in rows[-10:]]
         print(
             f"{path}: {len(rows)} iterations, {rows[-1]['env_steps'] / 1e6:.1f} million control "
-            f"steps; {after:.1f} after one step in the last {len(last)}"
+            f"steps; {mean(last)} after one step at the end"
         )
 
 
