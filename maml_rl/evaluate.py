@@ -7,6 +7,7 @@ drawn from a stream of seeds that training never uses.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -185,24 +186,26 @@ def evaluate(
     chosen = source.tasks
     device = next(iter(theta.values())).device.type
     steps = settings.episodes * family.episode_steps
-    size = chunk_size(len(chosen), device, update_bytes(policy, steps, 1))
     wanted = torch.from_numpy(chosen)
     returns, sds, measures = [], [], []
-    with (
-        reproducible(device),
-        Chunks(threads if device == "cpu" else 1, size) as chunks,
-        Sampler(
-            family,
-            policy,
-            tasks=min(tasks_at_once or len(chosen), len(chosen)),
-            episodes=settings.episodes,
-            action_scale=action_scale,
-            threads=threads,
-            device=device,
-            physics=physics,
-            warp=warp,
-        ) as sampler,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(reproducible(device))
+        sampler = stack.enter_context(
+            Sampler(
+                family,
+                policy,
+                tasks=min(tasks_at_once or len(chosen), len(chosen)),
+                episodes=settings.episodes,
+                action_scale=action_scale,
+                threads=threads,
+                device=device,
+                physics=physics,
+                warp=warp,
+            )
+        )
+        # After the worlds, which take of the same memory.
+        size = chunk_size(len(chosen), device, update_bytes(policy, steps, 1))
+        chunks = stack.enter_context(Chunks(threads if device == "cpu" else 1, size))
         for params, episodes in adapt_to_tasks(
             policy,
             theta,

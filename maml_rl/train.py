@@ -91,6 +91,9 @@ class Trainer:
             experiment.adaptation.inner_steps,
         )
         size = state.chunk_size or chunk_size(settings.tasks, experiment.device, task_bytes)
+        if experiment.device != "cpu":
+            # What is free may be another amount when the run goes on, and chunks decide last bits.
+            state = replace(state, chunk_size=size)
         on_device = to_device(theta, experiment.device)
         chunks = chunks_for(experiment, size)
         return cls(experiment, policy, on_device, state, sampler, chunks)

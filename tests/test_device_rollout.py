@@ -99,6 +99,7 @@ class ScriptedDeviceWorlds:
         return self.observe()
 
     def step(self, actions: Tensor, where: Tensor | None = None) -> Transition:
+        assert actions.device == self.device
         where = self._mask(where)
         self.stepped_late.logical_or_(where & self.over)
         self.taken.add_(where)
@@ -507,6 +508,17 @@ def test_trouble_is_told_once() -> None:
         assert len(warned) == 1
         # A warning would be an error.
         sampler.sample(params, torch.zeros(4, 3), SEEDS[:4])
+
+
+def test_trouble_is_told_where_it_ends_the_sampling() -> None:
+    """In the error itself: what had no room may be why every world broke down."""
+    family = ScriptedThere(lacking=("no room",))
+    policy = policy_of(family)
+    with Sampler(family, policy, tasks=1, episodes=K) as sampler:
+        sampler._rollout = DeviceRollout(sampler._loop)
+        with pytest.raises(SamplingError, match=r"first step of every episode.*no room$") as ended:
+            sampler.sample(different_params(policy, 1), torch.tensor([[0.0, 1.0, 2.0]]), SEEDS[:1])
+    assert ended.value.divergence is not None
 
 
 def test_worlds_are_closed_and_cannot_be_watched() -> None:
