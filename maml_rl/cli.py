@@ -23,7 +23,7 @@ from rich.console import Console
 
 import envs
 from envs import TaskFamily
-from maml_rl import gpu_speed, speed
+from maml_rl import cluster_speed, gpu_speed, speed
 from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
 from maml_rl.cli_render import render_command, render_trained, report_command
 from maml_rl.cli_shared import (
@@ -38,6 +38,7 @@ from maml_rl.cli_shared import (
     split_target,
     supervised_run,
 )
+from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import (
     Experiment,
     experiment_type,
@@ -61,7 +62,7 @@ from maml_rl.terminal import (
     step_words,
     watching,
 )
-from maml_rl.train import meta_train, resume
+from maml_rl.train import engine_for, meta_train, resume
 from maml_rl.trained import placed
 from maml_rl.versions import differences
 
@@ -94,6 +95,7 @@ class TrainOptions(RunOptions):
     """A run whose latest parameters to start from."""
     render: Switch = False
     """Render videos when training is done, and put the film strips into TensorBoard."""
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class ResumeOptions(PlaceOptions, RunOptions):
     iterations: int | None = None
     """A new total of iterations."""
     data: DataOptions = field(default_factory=DataOptions)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     render: Switch = False
     """Render videos when training is done, and put the film strips into TensorBoard."""
 
@@ -150,6 +153,7 @@ class SpeedOptions:
     seconds: float = math.inf
     """Of the figures of --device cuda or --physics, begin none after so many seconds; those with
     goals come first."""
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
 def train_command(words: Sequence[str], console: Console) -> None:
@@ -157,6 +161,7 @@ def train_command(words: Sequence[str], console: Console) -> None:
     target, flags = split_target(words, "EXPERIMENT", "maml-rl train quickstart")
     allowed = any(normal_flag(w) == "allow_import" for w in flags)
     ours = [f.name for f in dataclasses.fields(TrainOptions)]
+    ours += [f"cluster.{f.name}" for f in dataclasses.fields(ClusterSettings)]
     with Importing(allowed):
         file = find_experiment(target)
         tree = read_yaml(file)
@@ -181,7 +186,8 @@ def train_command(words: Sequence[str], console: Console) -> None:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
         with going_on(command_line("resume", path, options), path):
             with watching(console, options.quiet) as watch:
-                meta_train(experiment, out=path, init=options.init, watch=watch)
+                engine = engine_for(options.cluster)
+                meta_train(experiment, out=path, init=options.init, watch=watch, engine=engine)
             report_run(console, path, options.quiet)
             if options.render:
                 render_trained(console, path, quiet=options.quiet)
@@ -223,6 +229,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
                 "--render": options.render,
                 "--allow-import": options.allow_import,
                 "--physics": options.physics is not None,
+                "--cluster.address": bool(options.cluster.address),
             },
             "supervised",
         )
@@ -245,6 +252,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
                 device=options.device,
                 physics=options.physics,
                 watch=watch,
+                engine=engine_for(options.cluster),
             )
         report_run(console, options.run, options.quiet)
         if options.render:
@@ -309,11 +317,15 @@ def speed_command(words: Sequence[str], console: Console) -> None:
         console.print(text, style="dim", highlight=False)
 
     told = None if options.json else say
-    if options.device == "cpu" and options.physics is None:
+    if options.cluster.address:
+        rows = cluster_speed.measure(options.cluster, options.scale, told)
+        made: object = rows
+        shown = speed.table(rows)
+    elif options.device == "cpu" and options.physics is None:
         if options.seconds < math.inf:
             raise InputError("--seconds goes with --device cuda, or with --physics")
         rows = speed.measure(options.threads, options.scale, told)
-        made: object = rows
+        made = rows
         shown = speed.table(rows)
     else:
         kinds: tuple[Physics, ...] = ("cpu", "warp")

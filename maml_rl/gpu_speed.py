@@ -107,6 +107,7 @@ class DeviceBench(Bench):
     def update(self) -> tuple[Mapping[str, float], Callable[[], Tensor]]:
         """Do all of an update but the sampling; return seconds of its parts, and a product."""
         trainer, experiment = self.trainer, self.trainer.experiment
+        chunks = self.engine.chunks
         parts: dict[str, float] = {}
 
         @contextmanager
@@ -123,19 +124,17 @@ class DeviceBench(Bench):
         with torch_threads(1), reproducible(experiment.device):
             for phase in range(experiment.adaptation.inner_steps + 1):
                 seeds = task_seeds(TRAINING, 0, 0, phase, M)
-                episodes = trainer.sampler.sample(points[-1], torch.from_numpy(drawn), seeds)
+                episodes = self.engine.sampler.sample(points[-1], torch.from_numpy(drawn), seeds)
                 with part("advantages"):
-                    estimated, _ = estimate_in_chunks(
-                        episodes, experiment.advantages, trainer.chunks
-                    )
+                    estimated, _ = estimate_in_chunks(episodes, experiment.advantages, chunks)
                     batches.append(pack(episodes, estimated))
                 del episodes
                 if phase < experiment.adaptation.inner_steps:
                     with part("inner step"):
-                        adapted = adapt_in_chunks(inner, points[-1], batches[-1], trainer.chunks)
+                        adapted = adapt_in_chunks(inner, points[-1], batches[-1], chunks)
                         points.append(adapted)
             with part("linearisation"):
-                objective = MetaObjective(inner, points, batches[:-1], batches[-1], trainer.chunks)
+                objective = MetaObjective(inner, points, batches[:-1], batches[-1], chunks)
             theta = flatten(trainer.theta)
             with part("gradient"):
                 direction = objective.gradient().to(theta.dtype)
@@ -287,7 +286,7 @@ def update_figures(case: Case, bench: DeviceBench, judged: bool, bare: float) ->
     parts = min(updates, key=lambda one: sum(one.values()))
     total = sum(parts.values())
     words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
-    size = bench.trainer.chunks.size
+    size = bench.engine.chunks.size
     chunks = "all tasks at once" if size >= case.tasks else f"{size} tasks at once"
     yield {
         "what": "update",

@@ -62,6 +62,11 @@ def make_sampler(
         )
 
 
+def chunks_for(experiment: Experiment[TaskFamily], size: int) -> Chunks:
+    """Make chunks of so many tasks; on a GPU one after another, so that its memory holds one."""
+    return Chunks(experiment.threads if experiment.device == "cpu" else 1, size)
+
+
 def collector(
     experiment: Experiment[TaskFamily], sampler: Sampler, iteration: int, start: int, stop: int
 ) -> Collect:
@@ -88,8 +93,8 @@ class ShardReport:
 
     batches: tuple[BatchReport, ...]
     """inner_steps + 1, or fewer where an inner step was not finite."""
-    divergence: Divergence | None
-    """The first simulation that broke down, if any did."""
+    divergences: tuple[Divergence | None, ...]
+    """The first simulation of each batch that broke down, if any did."""
     seconds: float
     """Of sampling."""
 
@@ -104,8 +109,10 @@ class Shard:
         self._experiment = experiment
         self._inner = experiment.adaptation.inner_step(policy)
         # How many may break down is judged of the whole batch.
-        self._sampler = make_sampler(experiment, policy, tasks, max_diverged=1.0)
-        self._chunks = Chunks(experiment.threads, chunk)
+        self._sampler = make_sampler(
+            experiment, policy, experiment.sampling.at_once(tasks), max_diverged=1.0
+        )
+        self._chunks = chunks_for(experiment, chunk)
         self._adapted: Adapted | None = None
         self._objective: MetaObjective | None = None
 
@@ -117,7 +124,15 @@ class Shard:
         """
         self._objective = self._adapted = None
         experiment = self._experiment
-        collect = collector(experiment, self._sampler, iteration, start, stop)
+        sample = collector(experiment, self._sampler, iteration, start, stop)
+        divergences: list[Divergence | None] = []
+
+        def collect(params: Params, phase: int) -> Episodes:
+            episodes = sample(params, phase)
+            # The sampler knows of the last batch only.
+            divergences.append(self._sampler.divergence)
+            return episodes
+
         with torch_threads(1), reproducible(experiment.device):
             self._adapted = sample_and_adapt(
                 theta,
@@ -130,7 +145,7 @@ class Shard:
                 clock=time.perf_counter,
             )
         reports = self._adapted.reports()
-        return ShardReport(reports, self._sampler.divergence, self._adapted.seconds)
+        return ShardReport(reports, tuple(divergences), self._adapted.seconds)
 
     def build(self, pool: int) -> None:
         """Linearise the tasks; `pool` is the live steps of the whole batch after adaptation."""

@@ -34,7 +34,7 @@ from maml_rl.runs import RunFolder
 from maml_rl.sampler import task_generator, task_seeds
 from maml_rl.seeds import TRAINING
 from maml_rl.supervised.speed import measure as supervised
-from maml_rl.train import Trainer
+from maml_rl.train import Local, Trainer
 from maml_rl.trained import TrainedPolicy, new_policy
 
 REPEATS = 3
@@ -45,6 +45,12 @@ class Bench:
     """One experiment set up to be timed."""
 
     trainer: Trainer
+
+    @property
+    def engine(self) -> Local:
+        """What does its iterations: this process."""
+        assert isinstance(self.trainer.engine, Local)
+        return self.trainer.engine
 
     @classmethod
     def of(cls, name: str, tasks: int, threads: int, **settings: object) -> Self:
@@ -68,7 +74,7 @@ class Bench:
         params = broadcast(trainer.theta, tasks)
         seeds = task_seeds(TRAINING, 0, 0, 0, tasks)
         began = self.now()
-        episodes = trainer.sampler.sample(params, torch.from_numpy(drawn), seeds)
+        episodes = self.engine.sampler.sample(params, torch.from_numpy(drawn), seeds)
         seconds = self.now() - began
         return seconds, episodes.actions / experiment.policy.action_scale
 

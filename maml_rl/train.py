@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,9 +20,10 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, State
 from maml_rl.chunks import Chunks, torch_threads
+from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment, origin_of
 from maml_rl.devices import Device, Physics, reproducible
-from maml_rl.errors import RunStopped, RunWarning
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
@@ -35,7 +38,7 @@ from maml_rl.replay import dump_of
 from maml_rl.rollout import SamplingError
 from maml_rl.runs import Row, RunFolder
 from maml_rl.sampler import Sampler
-from maml_rl.shard import collector, make_sampler
+from maml_rl.shard import chunks_for, collector, make_sampler
 from maml_rl.trained import (
     TrainedPolicy,
     experiment_of,
@@ -61,6 +64,118 @@ ADVICE: Mapping[str, str] = {
 """What to try where updates are refused, by the reason."""
 
 
+class Engine(Protocol):
+    """Where iterations are done: in this process, or in those of a cluster."""
+
+    def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+        """Return theta after one meta-iteration, and what happened; see `meta_iteration`.
+
+        Raises:
+            SamplingError: if sampling cannot go on.
+            RunStopped: if there is nothing left to do it with.
+        """
+
+    def take_less(self, iteration: int) -> int:
+        """Let fewer tasks go through the update together, and return how many.
+
+        Raises:
+            RunStopped: if there are no fewer.
+        """
+
+    def figures(self) -> Mapping[str, int]:
+        """Return what the last iteration's row of metrics says of the engine itself."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+@dataclass
+class Local:
+    """Iterations in this process."""
+
+    experiment: Experiment[TaskFamily]
+    policy: GaussianPolicy
+    sampler: Sampler
+    chunks: Chunks
+
+    def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+        """Do one meta-iteration."""
+        experiment, M = self.experiment, self.experiment.sampling.tasks
+        # Tasks share the threads among them; torch's own would only get in their way.
+        with torch_threads(1), reproducible(experiment.device):
+            return meta_iteration(
+                theta,
+                self.policy,
+                collector(experiment, self.sampler, iteration, 0, M),
+                M,
+                adaptation=experiment.adaptation,
+                advantages=experiment.advantages,
+                trust_region=experiment.trust_region,
+                chunks=self.chunks,
+                clock=time.perf_counter,
+            )
+
+    def take_less(self, iteration: int) -> int:
+        """Halve the chunks."""
+        size = self.chunks.size
+        if size == 1:
+            settings = self.experiment.sampling
+            raise RunStopped(
+                f"the memory does not suffice for the update after {iteration} "
+                f"iterations: lower sampling.episodes (now {settings.episodes}), family.horizon "
+                f"(now {self.experiment.family.horizon}), sampling.tasks (now {settings.tasks}) or "
+                f"threads (now {self.chunks.threads})",
+                3,
+            )
+        warnings.warn(
+            f"the memory does not suffice for the update of {size} tasks together: iteration "
+            f"{iteration} is repeated with {size // 2} at a time",
+            RunWarning,
+            stacklevel=4,
+        )
+        self.chunks.close()
+        self.chunks = chunks_for(self.experiment, size // 2)
+        if self.experiment.device == "cuda":
+            torch.cuda.empty_cache()
+        return size // 2
+
+    def figures(self) -> Mapping[str, int]:
+        """Return nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Release worlds and threads."""
+        self.sampler.close()
+        self.chunks.close()
+
+
+MakeEngine = Callable[[Experiment[TaskFamily], GaussianPolicy, int], Engine]
+"""Makes an engine whose chunks are of so many tasks."""
+
+
+def engine_for(cluster: ClusterSettings) -> MakeEngine:
+    """Return what makes the engine that the settings ask for: a cluster, or this process.
+
+    Raises:
+        InputError: if ray is not installed.
+    """
+    if not cluster.address:
+        return local
+    try:
+        # On demand: it imports ray, which is an extra.
+        from maml_rl.cluster import Cluster
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    return functools.partial(Cluster, cluster)
+
+
+def local(experiment: Experiment[TaskFamily], policy: GaussianPolicy, chunk: int) -> Local:
+    """Make worlds and threads in this process."""
+    settings = experiment.sampling
+    sampler = make_sampler(experiment, policy, settings.at_once(settings.tasks))
+    return Local(experiment, policy, sampler, chunks_for(experiment, chunk))
+
+
 @dataclass
 class Trainer:
     """One run's state and what it needs for an iteration."""
@@ -69,8 +184,7 @@ class Trainer:
     policy: GaussianPolicy
     theta: Params
     state: State
-    sampler: Sampler
-    chunks: Chunks
+    engine: Engine
     best: tuple[Params, State] | None = None
     """What the last iteration began with, if it sampled the best batch so far."""
 
@@ -81,10 +195,10 @@ class Trainer:
         policy: GaussianPolicy,
         theta: Params,
         state: State,
+        make_engine: MakeEngine = local,
     ) -> Trainer:
-        """Make worlds and threads for an experiment."""
+        """Make what an experiment's iterations are done with."""
         settings = experiment.sampling
-        sampler = make_sampler(experiment, policy, settings.at_once(settings.tasks))
         task_bytes = update_bytes(
             policy,
             settings.episodes * experiment.family.episode_steps,
@@ -95,8 +209,7 @@ class Trainer:
             # What is free may be another amount when the run goes on, and chunks decide last bits.
             state = replace(state, chunk_size=size)
         on_device = to_device(theta, experiment.device)
-        chunks = chunks_for(experiment, size)
-        return cls(experiment, policy, on_device, state, sampler, chunks)
+        return cls(experiment, policy, on_device, state, make_engine(experiment, policy, size))
 
     def step(self) -> Row:
         """Do one meta-iteration and return its metrics.
@@ -113,22 +226,9 @@ class Trainer:
 
     def _iterate(self) -> Row:
         experiment, before = self.experiment, self.state
-        iteration, M = before.iteration, experiment.sampling.tasks
-        collect = collector(experiment, self.sampler, iteration, 0, M)
+        iteration = before.iteration
         began = time.perf_counter()
-        # Tasks share the threads among them; torch's own would only get in their way.
-        with torch_threads(1), reproducible(experiment.device):
-            updated, report = meta_iteration(
-                self.theta,
-                self.policy,
-                collect,
-                M,
-                adaptation=experiment.adaptation,
-                advantages=experiment.advantages,
-                trust_region=experiment.trust_region,
-                chunks=self.chunks,
-                clock=time.perf_counter,
-            )
+        updated, report = self.engine.iterate(self.theta, iteration)
         row = self._metrics(report, time.perf_counter() - began)
         adapted = float(row[f"return_{experiment.adaptation.inner_steps}"])
         better = adapted > before.best_return
@@ -145,32 +245,8 @@ class Trainer:
         return row
 
     def _halve_chunks(self) -> None:
-        """Let fewer tasks go through the update together.
-
-        Raises:
-            RunStopped: if they go one by one already.
-        """
-        size = self.chunks.size
-        if size == 1:
-            settings = self.experiment.sampling
-            raise RunStopped(
-                f"the memory does not suffice for the update after {self.state.iteration} "
-                f"iterations: lower sampling.episodes (now {settings.episodes}), family.horizon "
-                f"(now {self.experiment.family.horizon}), sampling.tasks (now {settings.tasks}) or "
-                f"threads (now {self.chunks.threads})",
-                3,
-            )
-        warnings.warn(
-            f"the memory does not suffice for the update of {size} tasks together: iteration "
-            f"{self.state.iteration} is repeated with {size // 2} at a time",
-            RunWarning,
-            stacklevel=3,
-        )
-        self.chunks.close()
-        self.chunks = chunks_for(self.experiment, size // 2)
-        self.state = replace(self.state, chunk_size=size // 2)
-        if self.experiment.device == "cuda":
-            torch.cuda.empty_cache()
+        size = self.engine.take_less(self.state.iteration)
+        self.state = replace(self.state, chunk_size=size)
 
     def _metrics(self, report: MetaReport, seconds: float) -> Row:
         """Return the row of metrics.csv of an iteration."""
@@ -201,6 +277,7 @@ class Trainer:
         for k in range(phases):
             row[f"explained_variance_{k}"] = explained[k] if k < len(explained) else math.nan
         row["diverged_worlds"] = sum(int(batch.diverged.sum()) for batch in report.batches)
+        row |= self.engine.figures()
         row["seconds_sampling"] = round(report.seconds_sampling, 4)
         row["seconds_updating"] = round(seconds - report.seconds_sampling, 4)
         return row
@@ -231,14 +308,8 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Release worlds and threads."""
-        self.sampler.close()
-        self.chunks.close()
-
-
-def chunks_for(experiment: Experiment[TaskFamily], size: int) -> Chunks:
-    """Make chunks of so many tasks; on a GPU one after another, so that its memory holds one."""
-    return Chunks(experiment.threads if experiment.device == "cpu" else 1, size)
+        """Release worlds and threads, or workers."""
+        self.engine.close()
 
 
 def broken_down(error: SamplingError, trainer: Trainer, folder: RunFolder | None) -> RunStopped:
@@ -275,6 +346,7 @@ def meta_train(
     init: str | Path | None = None,
     mean: nn.Module | None = None,
     watch: Watcher | None = None,
+    engine: MakeEngine = local,
 ) -> TrainedPolicy:
     """Meta-train a policy.
 
@@ -284,6 +356,7 @@ def meta_train(
         init: a run whose parameters to start from.
         mean: the policy's mean, a module (S, O) -> (S, A), in place of the MLP.
         watch: is told of every iteration.
+        engine: makes what iterations are done with; `maml_rl.cluster` has another.
 
     Returns:
         The policy after the last iteration.
@@ -298,12 +371,18 @@ def meta_train(
     if init is not None:
         theta = parameters_for(RunFolder.open(Path(init)).load(), fresh)
     begun_from = None if init is None else Path(init).resolve().name
-    folder = (
-        None
-        if out is None
-        else RunFolder.create(Path(out), origin_of(experiment), theta, init=begun_from)
-    )
-    return _finish(replace(fresh, params=theta), FRESH, folder, watch)
+    # Before the folder, so that what cannot be begun leaves none.
+    trainer = Trainer.build(experiment, fresh.policy, theta, FRESH, engine)
+    try:
+        folder = (
+            None
+            if out is None
+            else RunFolder.create(Path(out), origin_of(experiment), theta, init=begun_from)
+        )
+    except BaseException:
+        trainer.close()
+        raise
+    return _finish(fresh, trainer, folder, watch)
 
 
 def resume(
@@ -314,6 +393,7 @@ def resume(
     physics: Physics | None = None,
     mean: nn.Module | None = None,
     watch: Watcher | None = None,
+    engine: MakeEngine = local,
 ) -> TrainedPolicy:
     """Go on with a run from its last checkpoint, or extend a finished one.
 
@@ -324,6 +404,7 @@ def resume(
         physics: what to simulate with from here on, likewise.
         mean: the module that it was trained with, where that was not the MLP.
         watch: is told of every iteration.
+        engine: makes what iterations are done with.
 
     Raises:
         InputError: if the folder is no run or holds no checkpoint.
@@ -346,20 +427,24 @@ def resume(
         check_memory(experiment, "sampling")
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))
-        folder.go_on_from(found, origin_of(policy.experiment))
+        trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state, engine)
+        try:
+            folder.go_on_from(found, origin_of(policy.experiment))
+        except BaseException:
+            trainer.close()
+            raise
     except BaseException:
         folder.close()
         raise
-    return _finish(policy, state, folder, watch)
+    return _finish(policy, trainer, folder, watch)
 
 
 def _finish(
-    policy: TrainedPolicy, state: State, folder: RunFolder | None, watch: Watcher | None
+    policy: TrainedPolicy, trainer: Trainer, folder: RunFolder | None, watch: Watcher | None
 ) -> TrainedPolicy:
     with ExitStack() as stack:
+        stack.callback(trainer.close)
         if folder is not None:
             stack.enter_context(folder)
-        trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state)
-        stack.callback(trainer.close)
         run(trainer, folder, watch)
         return replace(policy, params=trainer.theta)

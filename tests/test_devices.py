@@ -53,7 +53,7 @@ from maml_rl.supervised.learner import MetaGradient
 from maml_rl.supervised.recorded import Recorded
 from maml_rl.supervised.tasks import Batch
 from maml_rl.supervised.train import meta_train as train_supervised
-from maml_rl.train import Trainer, meta_train, resume
+from maml_rl.train import Local, Trainer, meta_train, resume
 from maml_rl.trained import TrainedPolicy, new_policy, to_device
 from maml_rl.versions import differences, versions
 from tests.conftest import rows
@@ -217,6 +217,8 @@ def iterations(
     fresh = new_policy(there, mean)
     state = replace(FRESH, chunk_size=size)
     trainer = Trainer.build(replace(there, physics=physics), fresh.policy, fresh.params, state)
+    engine = trainer.engine
+    assert isinstance(engine, Local)
     found: list[Row] = []
     for _ in range(count):
         row = trainer.step()
@@ -224,7 +226,7 @@ def iterations(
     trainer.close()
     assert {p.device.type for p in trainer.theta.values()} == {torch.device(device).type}
     assert [row["accepted"] for row in found] == [1] * count
-    return to_device(trainer.theta, "cpu"), found, trainer.chunks.size
+    return to_device(trainer.theta, "cpu"), found, engine.chunks.size
 
 
 def check_same(one: Params, other: Params) -> None:

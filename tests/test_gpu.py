@@ -30,7 +30,7 @@ from maml_rl.maml import MetaReport, meta_iteration
 from maml_rl.rollout import Loop, Wave
 from maml_rl.sampler import Sampler, task_seeds
 from maml_rl.seeds import TRAINING
-from maml_rl.train import Trainer, meta_train, resume
+from maml_rl.train import Local, Trainer, meta_train, resume
 from maml_rl.trained import new_policy, to_device
 
 DEVICE = os.environ.get("MAML_RL_GPU_TESTS", "cuda")
@@ -74,7 +74,8 @@ def test_an_update_from_the_same_episodes_is_the_cpus(name: str, loss: str) -> N
 
     def sample(params: Params, phase: int) -> Episodes:
         seeds = task_seeds(TRAINING, 0, 0, phase, TASKS)
-        batches.append(trainer.sampler.sample(params, tasks, seeds))
+        assert isinstance(trainer.engine, Local)
+        batches.append(trainer.engine.sampler.sample(params, tasks, seeds))
         return batches[-1]
 
     def update(device: str) -> tuple[Params, MetaReport]:
@@ -255,10 +256,11 @@ def test_where_the_gpus_memory_does_not_suffice_chunks_are_halved() -> None:
     try:
         fresh = new_policy(experiment)
         trainer = Trainer.build(experiment, fresh.policy, fresh.params, FRESH)
-        assert trainer.chunks.size == 16
+        assert isinstance(trainer.engine, Local)
+        assert trainer.engine.chunks.size == 16
         with pytest.warns(RunWarning, match="is repeated with"):
             trainer.step()
-        assert trainer.chunks.size < 16
+        assert trainer.engine.chunks.size < 16
         for name, value in whole.items():
             torch.testing.assert_close(trainer.theta[name], value, rtol=1e-3, atol=1e-3)
         trainer.close()

@@ -1,0 +1,56 @@
+"""What a run is told of the Ray cluster that it may use; see `maml_rl/cluster.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maml_rl.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """A Ray cluster that shares the tasks of every iteration."""
+
+    address: str = ""
+    """`auto`: the cluster that this machine belongs to; HOST:PORT: one elsewhere; `local:N`: N
+    workers on this machine."""
+    workers: int = 0
+    """At most so many; 0 is as many as the cluster has cores for."""
+    threads_per_worker: int = 1
+    """Cores that a worker takes."""
+    gpus_per_worker: float = 0.0
+    """GPUs that a worker takes; two workers with .5 share one."""
+    patience: float = 300.0
+    """Seconds to wait for a worker when there is none left, before the run ends."""
+    hang: float = 120.0
+    """Seconds after which a worker that does not answer is given up, or five times as long as the
+    slowest took before."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (
+            ("workers", 0),
+            ("threads_per_worker", 1),
+            ("gpus_per_worker", 0),
+            ("patience", 0),
+            ("hang", 1),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= 100_000:
+                raise InputError(f"cluster.{name} must be between {least} and 100000, got {value}")
+
+    @property
+    def local_workers(self) -> int:
+        """N of `local:N`, 0 for any other address.
+
+        Raises:
+            InputError: if N is no number above 0.
+        """
+        if not self.address.startswith("local:"):
+            return 0
+        count = self.address.removeprefix("local:")
+        if not count.isdigit() or not 0 < int(count) <= 1024:
+            raise InputError(
+                f"cluster.address must be auto, HOST:PORT or local:N, got {self.address!r}"
+            )
+        return int(count)

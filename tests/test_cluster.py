@@ -1,0 +1,608 @@
+"""Iterations spread over a Ray cluster: the bits of one process, whatever becomes of the workers.
+
+Layers have 16 units or more: torch multiplies smaller matrices in another way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from envs import Navigation2D, TaskFamily
+from envs.family import Transition, Worlds
+from envs.navigation import NavigationWorlds
+from maml_rl.adapt import Params
+from maml_rl.cli import run
+from maml_rl.cluster_settings import ClusterSettings
+from maml_rl.config import Experiment, load_experiment
+from maml_rl.errors import RunStopped, RunWarning
+from maml_rl.loop import Watcher
+from maml_rl.runs import Row, RunFolder
+from maml_rl.sampler import task_seeds
+from maml_rl.seeds import TRAINING
+from maml_rl.train import engine_for, meta_train, resume
+from maml_rl.versions import versions
+from tests.conftest import rows
+from tests.tiny import SETTINGS, flags
+
+# Ray reads these when it is imported: small stores, no processes ahead of need.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(80 * 2**20)
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  # its name
+
+ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+from maml_rl.cluster import Batch, Part, Worker, WorkerActor, divide  # noqa: E402
+
+pytestmark = [
+    # Ray's, of what its next version will do with GPUs that no worker asked for.
+    pytest.mark.filterwarnings("ignore:.*RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:FutureWarning"),
+    # Ray leaves its log files and sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore:.*unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    # A busy machine takes its time to start a process.
+    pytest.mark.filterwarnings("ignore:no worker is there"),
+]
+
+SECONDS = 150
+"""After which a test has hung."""
+
+SMALL: Mapping[str, object] = {
+    **SETTINGS,
+    "sampling__tasks": 10,
+    "sampling__episodes": 4,
+    "policy__layers": [16, 17],
+}
+"""Ten tasks are five chunks of two."""
+
+
+@pytest.fixture(autouse=True)
+def ends_in_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that hangs; where not even that is possible, end Python with its stacks."""
+
+    def hung(number: int, frame: object) -> None:
+        raise TimeoutError(f"{request.node.name} has not ended in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(SECONDS + 60, exit=True)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_path() -> Iterator[None]:
+    """Where Ray keeps its sockets, whose paths have to be short."""
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def node(number: int, cores: int) -> dict[str, Any]:
+    """What Ray is told of a node on the loopback, 127.0.0.`number`."""
+    return {
+        "node_ip_address": f"127.0.0.{number}",
+        "num_cpus": cores,
+        "object_store_memory": 80 * 2**20,
+        "include_dashboard": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of one node with room for more workers than any test has."""
+    there = cluster_utils.Cluster(initialize_head=True, head_node_args=node(2, 9))
+    yield there.address
+    there.shutdown()
+
+
+NAVIGATION = load_experiment("navigation", **SMALL)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    params: Params
+    table: list[dict[str, str]]
+    workers: list[int]
+    """In each iteration; empty for a run in one process."""
+    lost: list[int]
+
+    def same_as(self, other: Outcome) -> bool:
+        """Whether parameters are the same bits, and metrics the same text."""
+        a, b = self.params, other.params
+        same = list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+        return same and self.table == other.table
+
+
+def outcome(params: Params, folder: Path) -> Outcome:
+    """Read a run's folder."""
+    table = [dict(row) for row in rows(folder)]
+    columns = [[int(row.pop(c)) for row in table if c in row] for c in ("workers", "workers_lost")]
+    return Outcome(params, table, *columns)
+
+
+def train(
+    experiment: Experiment[TaskFamily],
+    folder: Path,
+    address: str,
+    *,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Train on a cluster."""
+    engine = engine_for(ClusterSettings(address=address, **settings))
+    return outcome(meta_train(experiment, out=folder, engine=engine, watch=watch).params, folder)
+
+
+@functools.cache
+def alone(experiment: Experiment[TaskFamily]) -> Outcome:
+    """The same in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        return outcome(meta_train(experiment, out=out).params, out)
+
+
+def process(worker: Worker) -> int:
+    """The process that a worker is."""
+    return int(worker.name.split()[-1])
+
+
+@pytest.fixture
+def disturb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Let something befall workers while they do what they are asked for the nth time."""
+
+    def install(
+        what: str,
+        nth: int = 1,
+        *,
+        victims: int = 1,
+        act: Callable[[Batch, int], None] = lambda batch, pid: os.kill(pid, signal.SIGKILL),
+    ) -> list[int]:
+        """Stop the first `victims` workers, so that none has answered when they are acted on."""
+        true, asked, struck = Batch._ask, Counter[str](), list[int]()
+
+        def ask(self: Batch, kind: str, call: Callable[[Any, Part], Any]) -> list[Any]:
+            asked[kind] += 1
+            if (kind, asked[kind]) != (what, nth):
+                return true(self, kind, call)
+            pids = [process(worker) for worker in self._cluster.workers[:victims]]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            left = len(self._homes)
+
+            def calling(actor: Any, part: Part) -> Any:
+                nonlocal left
+                reference = call(actor, part)
+                left -= 1
+                if left == 0:
+                    struck.extend(pids)
+                    for pid in pids:
+                        act(self, pid)
+                return reference
+
+            return true(self, kind, calling)
+
+        monkeypatch.setattr(Batch, "_ask", ask)
+        return struck
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunk", "workers", "sizes"),
+    [
+        (40, 4, 1, [40]),
+        (40, 4, 3, [16, 12, 12]),
+        (10, 2, 3, [4, 4, 2]),
+        (7, 4, 2, [4, 3]),
+        (6, 3, 5, [3, 3]),
+        (1, 1, 1, [1]),
+        (11, 4, 2, [8, 3]),
+    ],
+)
+def test_tasks_are_divided_in_whole_chunks(
+    tasks: int, chunk: int, workers: int, sizes: list[int]
+) -> None:
+    """In order, none left out, as even as whole chunks can be, and no part without tasks."""
+    parts = divide(tasks, chunk, workers)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [part.start for part in parts] == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_comes_to_the_bits_of_one_process(
+    workers: int, tmp_path: Path
+) -> None:
+    """Ten tasks are five chunks, which three workers cannot share evenly."""
+    experiment = NAVIGATION
+    found = train(experiment, tmp_path / "run", f"local:{workers}")
+    assert found.same_as(alone(experiment))
+    assert (found.workers, found.lost) == ([workers] * 3, [0] * 3)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        # Whose episodes end early, so that parts differ in steps; of 1100 steps, some end.
+        ("ant_dir", {"sampling__count": "steps", "family__horizon": 60, "sampling__tasks": 6}),
+        ("navigation", {"adaptation__inner_steps": 0}),
+        ("navigation", {"adaptation__inner_steps": 2, "sampling__tasks": 7}),
+        ("navigation", {"adaptation__inner_loss": "likelihood-ratio"}),
+        ("half_cheetah_vel", {"sampling__tasks": 9, "sampling__tasks_at_once": 2}),
+        # Three episodes: products that do not begin at whole 16 bytes.
+        ("half_cheetah_vel", {"sampling__episodes": 3}),
+    ],
+)
+def test_whatever_is_trained(
+    name: str, changed: dict[str, object], address: str, tmp_path: Path
+) -> None:
+    """The bits of one process with two workers."""
+    experiment = load_experiment(name, **{**SMALL, **changed})
+    found = train(experiment, tmp_path / "run", address, workers=2)
+    assert found.same_as(alone(experiment))
+    assert found.workers[0] == 2
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("what", "nth"),
+    [("begin", 1), ("begin", 2), ("build", 2), ("gradient", 1), ("product", 4), ("evaluate", 2)],
+)
+def test_a_worker_may_be_killed_at_any_time(
+    what: str, nth: int, address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Its tasks are done again elsewhere, the user is told once, and no bit differs."""
+    experiment = NAVIGATION
+    struck = disturb(what, nth)
+    with pytest.warns(RunWarning, match="is lost") as told:
+        found = train(experiment, tmp_path / "run", address, workers=2)
+    assert len([w for w in told if "is lost" in str(w.message)]) == 1
+    assert f"process {struck[0]} " in str(told[0].message)
+    assert found.same_as(alone(experiment))
+    assert found.lost[-1] == 1
+
+
+@pytest.mark.cluster
+def test_two_workers_may_be_killed_at_once(
+    address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """The third does what all three had; the next iteration has three again."""
+    disturb("product", 2, victims=2)
+    with pytest.warns(RunWarning, match="is lost"):
+        found = train(NAVIGATION, tmp_path / "run", address, workers=3)
+    assert found.same_as(alone(NAVIGATION))
+    assert found.lost == [2, 2, 2]
+
+
+@pytest.mark.cluster
+def test_the_last_worker_may_be_killed(
+    address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Another is made, and does all of it."""
+    disturb("build", 2)
+    with pytest.warns(RunWarning, match="is lost"):
+        found = train(NAVIGATION, tmp_path / "run", address, workers=1)
+    assert found.same_as(alone(NAVIGATION))
+    assert (found.workers, found.lost) == ([1, 1, 1], [0, 1, 1])
+
+
+@pytest.mark.cluster
+def test_the_worker_that_takes_over_may_be_killed_too(
+    address: str,
+    disturb: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """While it samples again what the first had."""
+    true, killed = Batch._move, list[int]()
+
+    def move(self: Batch, part: Part, what: str, call: Callable[[Any, Part], Any]) -> Any:
+        reference = true(self, part, what, call)
+        if not killed:
+            killed.append(process(self._homes[part]))
+            os.kill(killed[0], signal.SIGKILL)
+        return reference
+
+    monkeypatch.setattr(Batch, "_move", move)
+    disturb("product", 2)
+    with pytest.warns(RunWarning, match="is lost"):
+        found = train(NAVIGATION, tmp_path / "run", address, workers=3)
+    assert found.same_as(alone(NAVIGATION))
+    assert found.lost == [2, 2, 2]
+
+
+@pytest.mark.cluster
+def test_a_worker_that_hangs_is_given_up(
+    address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """It is stopped, and does not answer in 8 s; nor does that make the next one's time longer."""
+    stopped = disturb("product", 3, act=lambda batch, pid: None)
+    try:
+        with pytest.warns(RunWarning, match="no answer in 8 s"):
+            found = train(NAVIGATION, tmp_path / "run", address, workers=2, hang=8.0)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+    assert found.same_as(alone(NAVIGATION))
+    assert found.lost == [1, 1, 1]
+
+
+@pytest.mark.cluster
+def test_with_no_worker_left_the_run_ends_and_can_be_resumed(
+    address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Both are killed in the second iteration, and there is no room for others: exit code 4."""
+
+    def kill(batch: Batch, pid: int) -> None:
+        cluster = batch._cluster
+        cluster._make = ray.remote(WorkerActor).options(num_cpus=100)
+        cluster._settings = replace(cluster._settings, patience=2.0)
+        os.kill(pid, signal.SIGKILL)
+
+    disturb("build", 2, victims=2, act=kill)
+    with (
+        pytest.warns(RunWarning, match="is lost"),
+        pytest.raises(RunStopped, match="no worker is left") as stopped,
+    ):
+        train(NAVIGATION, tmp_path / "run", address, workers=2)
+    assert stopped.value.exit_code == 4
+    assert RunFolder.open(tmp_path / "run").load().state.iteration == 1
+    assert not ray.is_initialized()
+    resumed = resume(tmp_path / "run").params
+    assert all(torch.equal(p, alone(NAVIGATION).params[n]) for n, p in resumed.items())
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Any]:
+    """A cluster of three nodes with room for a worker each."""
+    there = cluster_utils.Cluster(initialize_head=True, head_node_args=node(3, 1))
+    for number in (4, 5):
+        there.add_node(**node(number, 1))
+    yield there
+    ray.shutdown()
+    there.shutdown()
+
+
+@pytest.mark.cluster
+def test_nodes_may_leave_and_join(
+    three_nodes: Any, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """One is lost in the second iteration, in the middle of the conjugate gradients, and another
+    joins after it; the third node's worker is there from an iteration after that on."""
+    gone: list[Any] = []
+
+    def leave(batch: Batch, pid: int) -> None:
+        if not gone:
+            # Not the head, which the driver belongs to.
+            gone.append(next(iter(three_nodes.worker_nodes)))
+            three_nodes.remove_node(gone[0], allow_graceful=False)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def watch(row: Row, total: int) -> None:
+        if row["iteration"] == 1:
+            three_nodes.add_node(**node(6, 1))
+        if cast("int", row["iteration"]) > 1:
+            time.sleep(3.0)
+
+    experiment = replace(NAVIGATION, iterations=7)
+    disturb("product", NAVIGATION.trust_region.cg_iterations + 4, victims=3, act=leave)
+    with pytest.warns(RunWarning, match="is lost"):
+        found = train(experiment, tmp_path / "run", three_nodes.address, watch=watch)
+    assert found.same_as(alone(experiment))
+    assert gone
+    assert found.workers[:2] == [3, 2]
+    assert found.workers[-1] == 3
+    assert found.lost == [0, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.cluster
+def test_a_worker_of_other_versions_is_refused_by_name(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And where there is no other the run has no worker: nothing is left behind."""
+    monkeypatch.setattr(
+        "maml_rl.cluster.versions", lambda physics: {**versions(physics), "torch": "0.1"}
+    )
+    with (
+        pytest.warns(RunWarning, match=r"is refused: it has torch \S+ \(here 0\.1\)"),
+        pytest.raises(RunStopped, match="no worker is left") as stopped,
+    ):
+        train(NAVIGATION, tmp_path / "run", address, workers=1, patience=12.0)
+    assert stopped.value.exit_code == 4
+    assert not (tmp_path / "run").exists()
+    # Ray was left, so that the next attempt may begin.
+    assert not ray.is_initialized()
+
+
+class Breaking(NavigationWorlds):
+    """Worlds all of which break down in their first step."""
+
+    def step(self, actions: torch.Tensor, where: torch.Tensor | None = None) -> Transition:
+        """Step, and break down."""
+        step = super().step(actions, where)
+        return step._replace(diverged=torch.ones_like(step.diverged))
+
+
+class Raising(NavigationWorlds):
+    """Worlds of a family with a mistake in it."""
+
+    def step(self, actions: torch.Tensor, where: torch.Tensor | None = None) -> Transition:
+        """Fail."""
+        raise KeyError("no such joint")
+
+
+class Hungry(NavigationWorlds):
+    """Worlds that memory does not suffice for, once there is a file."""
+
+    def step(self, actions: torch.Tensor, where: torch.Tensor | None = None) -> Transition:
+        """Fail, or step as always."""
+        assert isinstance(self.family, Faulty)
+        if Path(self.family.file).exists():
+            raise MemoryError
+        return super().step(actions, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Navigation2D):
+    """Navigation in worlds that fail."""
+
+    worlds: type[NavigationWorlds] = Breaking
+    file: str = "/"
+
+    def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
+        """Make them."""
+        return self.worlds(self, count)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("worlds", "error", "message"),
+    [
+        (Breaking, RunStopped, r"iteration 0, run seed 0: task (0|6) \(seed (\d+)\).* diverged at"),
+        (
+            Raising,
+            RuntimeError,
+            r"tasks (0 to 5|6 to 9): KeyError: 'no such joint'(.|\n)*in step",
+        ),
+        (Hungry, RunStopped, "the memory does not suffice to sample 10 tasks"),
+    ],
+)
+def test_what_fails_in_a_worker_is_told_here(
+    worlds: type[NavigationWorlds],
+    error: type[Exception],
+    message: str,
+    address: str,
+) -> None:
+    """A task has its number in the whole batch; a mistake has its traceback."""
+    experiment = replace(NAVIGATION, family=Faulty(horizon=6, worlds=worlds))
+    engine = engine_for(ClusterSettings(address=address, workers=2))
+    with pytest.raises(error, match=message) as caught:
+        meta_train(experiment, engine=engine)
+    if worlds is Breaking:
+        found = re.search(message, str(caught.value))
+        assert found is not None
+        seeds = task_seeds(TRAINING, 0, 0, 0, 10)
+        assert int(found[2]) == int(seeds[int(found[1])])
+    if isinstance(caught.value, RunStopped):
+        assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cluster.address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+        (["--cluster.address", "nowhere"], "no Ray cluster answers at nowhere"),
+        (["--cluster.address", "auto"], "no Ray cluster answers at auto"),
+        (["--cluster.address", "local:0"], "must be auto, HOST:PORT or local:N, got 'local:0'"),
+        (["--cluster.address", "local:x"], "must be auto, HOST:PORT or local:N, got 'local:x'"),
+        (["--cluster.address", "local:6"], "6 workers are more than 10 tasks"),
+        (["--cluster.address", "auto", "--cluster.workers", "6"], "at most 5"),
+        (["--cluster.hang", "0"], "cluster.hang must be between 1 and"),
+        pytest.param(
+            ["--cluster.address", "local:1", "--cluster.gpus-per-worker", "1"],
+            "no room for a worker of 1 cores and 1 GPUs",
+            marks=pytest.mark.cluster,
+        ),
+    ],
+)
+def test_what_cannot_be_begun_leaves_nothing(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2, a sentence, and no run folder."""
+    # `auto` would find any cluster of this machine, even another test's.
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(set))
+    out = tmp_path / "run"
+    sizes = flags(**{k: v for k, v in SMALL.items() if k not in SETTINGS or SETTINGS[k] != v})
+    assert run(["train", "navigation", "--out", str(out), "--quiet", *sizes, *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+    assert not ray.is_initialized()
+
+
+def test_without_ray_the_user_is_told_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, and no run folder."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "maml_rl.cluster")
+    monkeypatch.delattr("maml_rl.cluster")
+    words = ["train", "navigation", "--out", str(tmp_path / "run"), "--quiet"]
+    assert run([*words, *flags(), "--cluster.address", "auto"]) == 2
+    assert "pip install 'ray>=2.50'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cluster
+def test_what_fails_in_doing_again_is_told_here(
+    address: str, disturb: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Memory that does not suffice for a lost worker's tasks, and not what follows from it."""
+    file = tmp_path / "file"
+
+    def kill(batch: Batch, pid: int) -> None:
+        file.touch()
+        os.kill(pid, signal.SIGKILL)
+
+    disturb("product", 2, act=kill)
+    experiment = replace(NAVIGATION, family=Faulty(horizon=6, worlds=Hungry, file=str(file)))
+    engine = engine_for(ClusterSettings(address=address, workers=2))
+    with (
+        pytest.warns(RunWarning, match="is lost"),
+        pytest.raises(RunStopped, match="the memory does not suffice to sample"),
+    ):
+        meta_train(experiment, engine=engine)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("exhausted", [False, True])
+def test_a_process_may_have_one_cluster_after_another(
+    exhausted: bool, address: str, tmp_path: Path
+) -> None:
+    """Even where the first could not be begun, having waited for a worker in vain."""
+    if exhausted:
+        engine = engine_for(ClusterSettings(address=address, workers=1, patience=0.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("maml_rl.cluster.Cluster._join", lambda self: None)
+            with pytest.raises(RunStopped, match="no worker is left"):
+                meta_train(NAVIGATION, engine=engine)
+    else:
+        train(replace(NAVIGATION, iterations=1), tmp_path / "first", address, workers=1)
+    assert not ray.is_initialized()
+    found = train(NAVIGATION, tmp_path / "second", address, workers=1)
+    assert found.same_as(alone(NAVIGATION))
