@@ -200,6 +200,7 @@ def test_a_test_that_cannot_be_made_is_told_before_training(
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.slow
 def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(["train", "omniglot_5way_1shot", "--help"])

@@ -105,6 +105,7 @@ def test_intervals_are_the_papers() -> None:
     np.testing.assert_allclose(one.half_widths, [0.49, 0.0])
 
 
+@pytest.mark.slow
 def test_both_kinds_of_statistics_are_reported(tmp_path: Path) -> None:
     """First what was trained with; they give different numbers after adapting."""
     one = subject(characters(tmp_path / "set", evaluation__tasks=9))

@@ -165,6 +165,7 @@ def test_errors_that_lie_far_apart_have_a_logarithmic_axis(tested: list[Outcome]
     assert "0.1" in [text.get_text() for text in log.get_yticklabels()]
 
 
+@pytest.mark.slow
 def test_both_kinds_of_batch_normalisation_are_told_apart(characters: Outcome) -> None:
     """By style and name; accuracies are percent."""
     first = with_scores(characters, [0.3, 0.6, 0.7])

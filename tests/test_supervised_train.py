@@ -129,6 +129,7 @@ def test_ctrl_c_ends_with_the_row_and_resuming_gives_the_same_run(tmp_path: Path
     assert same(resume(tmp_path / "run").meta, whole.meta)
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
     """Convolutions: two chunks of one task, on one thread or two."""
     root = tmp_path / "set"
@@ -196,6 +197,7 @@ def fresh_validation(experiment: SupervisedExperiment[Problem], theta: Params) -
     return [float(scores[-1].mean())]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_change_nothing_and_end_the_run(tmp_path: Path) -> None:
     """A step size that makes the adapted network overflow: exit 3, with what to try."""
     experiment = sinusoid(adaptation__step_size=1e6, adaptation__inner_steps=9, max_refused=3)

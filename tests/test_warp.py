@@ -29,6 +29,9 @@ from envs.physics import CpuPhysics, Physics
 from tests.on_host import DEVICE, numbered, physics_on_host, worlds_on_host
 from tests.test_gymnasium_family import pendulum
 
+# Importing warp alone takes seconds.
+pytestmark = pytest.mark.slow
+
 needs_warp = pytest.mark.skipif(
     importlib.util.find_spec("mujoco_warp") is None, reason="needs mujoco-warp"
 )
@@ -100,7 +103,6 @@ class Widths(NamedTuple):
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "protocol", "substeps", "widths"),
     [
@@ -195,7 +197,6 @@ def outcomes(
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "protocol", "steps", "height", "apart"),
     [
@@ -256,7 +257,6 @@ def beyond_all(model: mujoco.MjModel) -> mujoco.MjData:
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "contacts", "rows"),
     [
@@ -558,7 +558,6 @@ def ants(heights: list[float]) -> tuple[mujoco.MjModel, Tensor, Tensor]:
 
 
 @needs_warp
-@pytest.mark.slow
 def test_worlds_without_room_for_constraints_diverge(capfd: pytest.CaptureFixture[str]) -> None:
     """Worlds 0 and 2 stand, with 16 rows of contact each; the others hang in the air."""
     model, qpos, qvel = ants([0.25, 5.0, 0.25, 7.0])
@@ -596,7 +595,6 @@ def test_worlds_without_room_for_constraints_diverge(capfd: pytest.CaptureFixtur
 
 
 @needs_warp
-@pytest.mark.slow
 def test_worlds_without_room_for_contacts_diverge(capfd: pytest.CaptureFixture[str]) -> None:
     """Four feet on the floor and room for one contact, on average over two worlds."""
     model, qpos, qvel = ants([0.25, 0.25])
@@ -621,7 +619,6 @@ def test_worlds_without_room_for_contacts_diverge(capfd: pytest.CaptureFixture[s
 
 
 @needs_warp
-@pytest.mark.slow
 def test_no_world_goes_on_with_dropped_constraints_unnoticed() -> None:
     """A Runge-Kutta step makes constraints four times; it is wrong if once there was no room."""
     model = model_of(body("ant_dir"))
@@ -647,7 +644,6 @@ def each_entry(size: int, value: float) -> Tensor:
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e11])
 def test_any_entry_that_is_no_number_breaks_its_world(value: float) -> None:
     """A world for each entry of the ant's position, velocity and control, quaternion included.
@@ -695,7 +691,6 @@ def test_any_entry_that_is_no_number_breaks_its_world(value: float) -> None:
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_world_does_not_depend_on_the_others(name: str) -> None:
     """Worlds 0 to 2 of eight, of which one breaks down and one hangs in the air, have the bits of
@@ -724,7 +719,6 @@ def test_a_world_does_not_depend_on_the_others(name: str) -> None:
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_determinism_is_asked_of_the_simulator(deterministic: bool) -> None:
     """All of it or none. On a CPU, one thread adds in one order anyway."""
@@ -898,7 +892,6 @@ def test_a_point_starts_without_numbers() -> None:
 
 
 @needs_warp
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reset_takes_starts_as_tensors(name: str) -> None:
     """Observations and rewards are those of `make_worlds` to float32.
