@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import json
 import os
 import re
 import shutil
@@ -606,3 +607,20 @@ def test_a_process_may_have_one_cluster_after_another(
     assert not ray.is_initialized()
     found = train(NAVIGATION, tmp_path / "second", address, workers=1)
     assert found.same_as(alone(NAVIGATION))
+
+
+@pytest.mark.cluster
+def test_workers_are_measured_against_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    """At a cut scale no goal is judged; what is not measured says that it is predicted."""
+    assert run(["speed", "--cluster.address", "local:1", "--scale", "0.1", "--json"]) == 0
+    measured, moved, costs, *others = json.loads(capsys.readouterr().out)
+    assert 0 < measured["value"] < 3
+    assert measured["met"] is None
+    # 12,812 parameters: theta, 10 directions and 2 candidates one way; for each of 4 tasks a
+    # gradient, 10 products and twice 2 numbers the other.
+    assert moved["value"] == pytest.approx(4 * (12_812 * (13 + 4 * 11) + 4 * 4) / 1e6)
+    assert costs["value"] > 0
+    assert [f["what"].split()[:2] for f in others] == [
+        ["predicted:", f"{count:,}"] for count in (4, 16, 64, 256, 1024)
+    ]
+    assert [f["value"] for f in others] == sorted(f["value"] for f in others)
