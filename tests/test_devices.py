@@ -267,6 +267,7 @@ def test_an_iteration_on_the_device_is_that_of_the_cpu(case: str) -> None:
     assert seen == metrics
 
 
+@pytest.mark.slow
 def test_iterations_in_little_memory_are_those_of_the_cpu() -> None:
     """Room for two of four tasks in four fifths of what is free: two at a time, twice over."""
     experiment = load_experiment("navigation", **SETTINGS)
@@ -283,6 +284,7 @@ def test_iterations_in_little_memory_are_those_of_the_cpu() -> None:
     ("inner_steps", "loss"),
     [(0, "log-prob"), (1, "log-prob"), (1, "likelihood-ratio"), (1, "dice"), (2, "dice")],
 )
+@pytest.mark.slow
 def test_an_iteration_of_a_module_on_the_device_is_that_of_the_cpu(
     inner_steps: int, loss: str
 ) -> None:
@@ -315,6 +317,7 @@ def test_a_module_of_ones_own_is_left_where_it_was() -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("count", ["episodes", "steps"])
+@pytest.mark.slow
 def test_an_iteration_whose_worlds_are_there_too_is_that_of_the_cpu(
     count: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +333,7 @@ def test_an_iteration_whose_worlds_are_there_too_is_that_of_the_cpu(
     assert seen == metrics
 
 
+@pytest.mark.slow
 def test_worlds_are_made_where_and_as_the_experiment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `physics: warp` both training and a test make worlds on the policy's device, with the
     experiment's own settings; otherwise neither does."""
@@ -439,6 +443,7 @@ def test_updates_on_the_device_are_made_the_same_way_every_time(
     assert asked == [True] * 3
 
 
+@pytest.mark.slow
 def test_supervised_learning_on_the_device_is_that_of_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -184,6 +184,7 @@ def normal_numbers() -> Tensor:
     return draws_of(seeds.tolist(), episodes.tolist()).normal(200).double()
 
 
+@pytest.mark.slow
 def test_normal_numbers_are_normal() -> None:
     """Means of x to x^4 within 4 standard errors, their variances 1, 2, 15 and 96 over n; and the
     largest distance of the distribution from the normal below 1.63 / sqrt n (Kolmogorov, 1 %)."""

@@ -31,6 +31,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err.removeprefix("maml-rl: ").strip()
 
 
+@pytest.mark.slow
 def test_train_resume_evaluate_and_inspect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

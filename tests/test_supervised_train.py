@@ -158,6 +158,7 @@ def test_chunks_follow_from_batch_and_network_alone() -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_recording_gives_the_same_bits(changed: dict[str, object]) -> None:
     """Of new numbers of the same shapes, and of other shapes."""
     fresh = new_network(sinusoid(**changed))

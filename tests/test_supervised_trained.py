@@ -115,6 +115,7 @@ def test_classes_are_told_by_whole_numbers() -> None:
         learned.adapt(np.asarray(x)[0], [0, 1, 2, 0, 1, 7])
 
 
+@pytest.mark.slow
 def test_asked_one_by_one_or_together_by_the_supports_statistics(tmp_path: Path) -> None:
     """Where not transductive an answer does not depend on what else is asked; else it does."""
     for transductive in (False, True):
