@@ -381,12 +381,7 @@ class WarpPhysics:
         # control.
         broken = _out_of_bounds(self.qpos, self.qvel) | self._ctrl.isnan().any(1)
         self._overflow.zero_()
-        # The sensors' own code is left out where a further step follows.
-        self._switch_sensors(on=False)
-        with self._on_device():
-            for _ in range(substeps):
-                mjw.step(self._model, self._data)
-        self._switch_sensors(on=True)
+        self._advance(substeps)
         stepped = self._mask(where)
         if where is not None:
             for field, old in zip(kept, before, strict=True):
@@ -409,6 +404,10 @@ class WarpPhysics:
         self._model.opt.deterministic = False
         self._model.callback.contactfilter = self._model.callback.control = None
         self._ctrl.copy_(ctrl)
+        self._advance(substeps)
+
+    def _advance(self, substeps: int) -> None:
+        """Step all worlds; the sensors' own code is left out where a further step follows."""
         self._switch_sensors(on=False)
         with self._on_device():
             for _ in range(substeps):

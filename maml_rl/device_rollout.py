@@ -176,14 +176,9 @@ class DeviceRollout:
         if diverged and self.divergence is None:
             step, task, slot = broken.movedim(2, 0).nonzero()[0].tolist()
             actions = episodes.actions[task, slot, : step + 1].cpu()
-            self.divergence = Divergence(
-                task_index=wave.offset + task,
-                task_seed=int(wave.seeds[task]),
-                episode=int(wave.taken[task]) + slot,
-                task=wave.tasks[task].double().numpy(),
-                start=starts[task * self._loop.episodes + slot].double().cpu().numpy(),
-                actions=self._loop.controls(actions).double().numpy(),
-            )
+            start = starts[task * self._loop.episodes + slot].double().cpu().numpy()
+            controls = self._loop.controls(actions).double().numpy()
+            self.divergence = wave.divergence(task, slot, start, controls)
 
     def trouble(self) -> str:
         """Return what the physics had no room for since this was last asked."""

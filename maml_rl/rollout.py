@@ -129,6 +129,17 @@ class Wave:
         """Return which of K slots hold an episode, (M, K) bool."""
         return torch.arange(slots) < self.wanted.unsqueeze(1)
 
+    def divergence(self, task: int, slot: int, start: Floats, actions: Floats) -> Divergence:
+        """Return what is kept of an episode that broke down; see `Divergence` for the arrays."""
+        return Divergence(
+            task_index=self.offset + task,
+            task_seed=int(self.seeds[task]),
+            episode=int(self.taken[task]) + slot,
+            task=self.tasks[task].double().numpy(),
+            start=start,
+            actions=actions,
+        )
+
     def refuse_actions(self, task: int, step: int) -> ActionError:
         """Return the error of an action that is not finite; `task` counts from the wave's first."""
         return ActionError(
@@ -317,14 +328,8 @@ class HostRollout:
             if self.divergence is None and bool(broken.any()):
                 m, k = broken.nonzero()[0].tolist()
                 done = exchange.actions[m, k, : t + 1].cpu()
-                self.divergence = Divergence(
-                    task_index=wave.offset + m,
-                    task_seed=int(wave.seeds[m]),
-                    episode=int(wave.taken[m]) + k,
-                    task=wave.tasks[m].double().numpy(),
-                    start=starts[m, k],
-                    actions=loop.controls(done).double().numpy(),
-                )
+                controls_done = loop.controls(done).double().numpy()
+                self.divergence = wave.divergence(m, k, starts[m, k], controls_done)
             where = good & ~step.terminated
             observations = step.observations
             if not everyone and not bool(where.any()):
