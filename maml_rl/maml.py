@@ -204,8 +204,7 @@ class MetaObjective:
         self._tasks = len(outer.weights)
         # Weights sum to 1 over a task; over the pool, a task counts by its live steps.
         live = (outer.weights > 0).sum(1, keepdim=True).to(outer.weights.dtype)
-        share = live / (live.sum() if pool is None else float(pool))
-        self._share = share
+        self._share = live / (live.sum() if pool is None else float(pool))
         with torch.no_grad():
             self._old_means = chunks.map(self._means_of(points[-1]), self._tasks)
         self._old_log_std = log_std(points[-1]).detach()

@@ -100,7 +100,10 @@ class ShardReport:
 
 
 class Shard:
-    """Some tasks of one iteration after the other; `begin` forgets the last."""
+    """Some tasks of one iteration after the other; `begin` forgets the last.
+
+    On whatever device the experiment says; what it is given and what it answers is on the CPU.
+    """
 
     def __init__(
         self, experiment: Experiment[TaskFamily], policy: GaussianPolicy, tasks: int, chunk: int
@@ -135,7 +138,7 @@ class Shard:
 
         with torch_threads(1), reproducible(experiment.device):
             self._adapted = sample_and_adapt(
-                theta,
+                {name: p.to(experiment.device) for name, p in theta.items()},
                 self._inner,
                 experiment.adaptation.inner_steps,
                 collect,
@@ -159,16 +162,18 @@ class Shard:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return each task's share of the Fisher product, (M, d)."""
-        return self._answer(lambda objective: objective.product_terms(vector))
+        there = vector.to(self._experiment.device)
+        return self._answer(lambda objective: objective.product_terms(there))
 
     def evaluate(self, candidate: Tensor) -> Tensor:
         """Return each task's surrogate and share of the divergence, (M, 2)."""
-        return self._answer(lambda objective: objective.evaluate_terms(candidate))
+        there = candidate.to(self._experiment.device)
+        return self._answer(lambda objective: objective.evaluate_terms(there))
 
     def _answer(self, ask: Callable[[MetaObjective], Tensor]) -> Tensor:
         assert self._objective is not None
         with torch_threads(1), reproducible(self._experiment.device):
-            return ask(self._objective)
+            return ask(self._objective).cpu()
 
     def close(self) -> None:
         """Release worlds and threads."""
