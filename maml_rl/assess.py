@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from maml_rl.config import Experiment, as_tree
 from maml_rl.devices import Device, Physics
 from maml_rl.episodes import Episodes
 from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.evaluate import Evaluation, EvaluationSettings, evaluate
+from maml_rl.evaluate import ALL, Evaluation, EvaluationSettings, evaluate
 from maml_rl.maml import AdaptationSettings
 from maml_rl.memory import check_memory, memory_to_sample
 from maml_rl.plain_yaml import leaves
@@ -61,6 +61,11 @@ class Subject:
     def seed(self) -> int:
         """Of its training."""
         return self.trained.experiment.seed
+
+    @property
+    def alpha(self) -> float:
+        """Its own step size."""
+        return self.trained.experiment.adaptation.step_size
 
     @property
     def family(self) -> TaskFamily:
@@ -157,6 +162,7 @@ def evaluate_policy(
     *,
     tasks: TaskSet | None = None,
     step_size: float | None = None,
+    part: slice = ALL,
     see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
     """Test a policy by its experiment's evaluation settings.
@@ -165,6 +171,7 @@ def evaluate_policy(
         trained: the policy.
         tasks: to use in place of the test tasks.
         step_size: of the first update, in place of alpha.
+        part: those of the tasks to test, whose figures are as if all had been.
         see: is given parameters (T, ...) and episodes of each step.
 
     Raises:
@@ -176,7 +183,8 @@ def evaluate_policy(
     settings, adaptation = experiment.evaluation, experiment.adaptation
     if tasks is not None:
         settings = replace(settings, tasks=len(tasks.tasks))
-        experiment = replace(experiment, evaluation=settings)
+    kept = replace(settings, tasks=len(range(settings.tasks)[part]))
+    experiment = replace(experiment, evaluation=kept)
     if step_size is not None:
         adaptation = with_step_size(adaptation, step_size)
     check_memory(experiment, "evaluation")
@@ -195,10 +203,34 @@ def evaluate_policy(
                 physics=experiment.physics,
                 warp=experiment.warp,
                 tasks=tasks,
+                part=part,
                 see=see,
             )
     except SamplingError as error:
         raise BrokenDown(f"the test was stopped: {error}", 3) from error
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A test that is to be done."""
+
+    trained: TrainedPolicy
+    tasks: TaskSet
+    step_size: float | None = None
+    """Of the first update; None is alpha."""
+
+
+Tester = Callable[[Sequence[Trial]], Iterable[Evaluation | BrokenDown]]
+"""Does tests, and gives what each came to, in order, each as soon as it can."""
+
+
+def trials_here(trials: Sequence[Trial]) -> Iterator[Evaluation | BrokenDown]:
+    """Do tests in this process; see `Tester` and `evaluate_policy`."""
+    for trial in trials:
+        try:
+            yield evaluate_policy(trial.trained, tasks=trial.tasks, step_size=trial.step_size)
+        except BrokenDown as error:
+            yield error
 
 
 def with_step_size(adaptation: AdaptationSettings, size: float) -> AdaptationSettings:
@@ -228,33 +260,11 @@ def under_settings(
     return result
 
 
-def outcome_of(subject: Subject, tasks: TaskSet, step_size: float | None = None) -> Outcome:
-    """Test one policy by its experiment's settings.
-
-    Args:
-        subject: whose policy.
-        tasks: which it meets.
-        step_size: of the first update; by default alpha.
-
-    Raises:
-        InputError: for a step size out of its range.
-        BrokenDown: if an adapted policy's action is not finite.
-        RunStopped: if memory does not suffice.
-    """
-    alpha = subject.trained.experiment.adaptation.step_size
-    return Outcome(
-        subject.method,
-        subject.variant,
-        subject.seed,
-        alpha if step_size is None else step_size,
-        tasks.source,
-        evaluate_policy(subject.trained, tasks=tasks, step_size=step_size),
-        subject.family.outside_training(tasks.tasks),
-    )
-
-
 def outcomes_of(
-    subjects: Sequence[Subject], tasks: TaskSet, sizes: Mapping[str, Sequence[float]]
+    subjects: Sequence[Subject],
+    tasks: TaskSet,
+    sizes: Mapping[Method, Sequence[float]],
+    tester: Tester = trials_here,
 ) -> list[Outcome]:
     """Test policies on the same tasks, with the same episodes' randomness for each.
 
@@ -264,33 +274,48 @@ def outcomes_of(
         subjects: whose policies.
         tasks: which every one of them meets.
         sizes: step sizes of the first update to be tried, by method; alpha where there are none.
+        tester: does the tests.
 
     Raises:
         InputError: for a step size out of its range, or given twice.
         RunStopped: if no test can be done.
     """
     for method, given in sizes.items():
-        for size in given:
-            with_step_size(subjects[0].trained.experiment.adaptation, size)
-            if given.count(size) > 1:
-                raise InputError(f"step size {size:g} is given twice for {method}")
-    result: list[Outcome] = []
-    for method, variant in dict.fromkeys((s.method, s.variant) for s in subjects):
-        runs = [s for s in subjects if (s.method, s.variant) == (method, variant)]
+        for one in given:
+            with_step_size(subjects[0].trained.experiment.adaptation, one)
+            if given.count(one) > 1:
+                raise InputError(f"step size {one:g} is given twice for {method}")
+    groups: list[tuple[list[Subject], float | None]] = []
+    for kind in dict.fromkeys((s.method, s.variant) for s in subjects):
+        runs = [s for s in subjects if (s.method, s.variant) == kind]
         # Without a gradient step its size means nothing.
         adapts = runs[0].trained.experiment.evaluation.steps > 0
-        tried: Sequence[float | None] = (sizes.get(method) if adapts else None) or [None]
-        for chosen in tried:
-            try:
-                result += [outcome_of(run, tasks, chosen) for run in runs]
-            except BrokenDown as error:
-                alpha = runs[0].trained.experiment.adaptation.step_size
-                warnings.warn(
-                    f"{method} with step size {alpha if chosen is None else chosen:g} is left "
-                    f"out: {error}",
-                    RunWarning,
-                    stacklevel=2,
-                )
+        tried: Sequence[float | None] = (sizes.get(kind[0]) if adapts else None) or [None]
+        groups += [(runs, size) for size in tried]
+    found = iter(tester([Trial(s.trained, tasks, size) for runs, size in groups for s in runs]))
+    result: list[Outcome] = []
+    for runs, size in groups:
+        tested = [next(found) for _ in runs]
+        if (broken := next((t for t in tested if isinstance(t, BrokenDown)), None)) is not None:
+            warnings.warn(
+                f"{runs[0].method} with step size {size or runs[0].alpha:g} is left out: {broken}",
+                RunWarning,
+                stacklevel=2,
+            )
+            continue
+        result += [
+            Outcome(
+                run.method,
+                run.variant,
+                run.seed,
+                size or run.alpha,
+                tasks.source,
+                one,
+                run.family.outside_training(tasks.tasks),
+            )
+            for run, one in zip(runs, tested, strict=True)
+            if isinstance(one, Evaluation)
+        ]
     if not result:
         raise RunStopped("no policy could be tested: each broke down", 3)
     return result

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,23 @@ from maml_rl.assess import (
     NOT_OF_THE_METHOD,
     BrokenDown,
     Subject,
-    evaluate_policy,
+    Tester,
+    Trial,
     load_subject,
+    trials_here,
 )
 from maml_rl.benchmark_file import Benchmark
 from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method
 from maml_rl.config import Experiment, as_tree
-from maml_rl.errors import CheckpointError, InputError
-from maml_rl.loop import Watcher
-from maml_rl.runs import RunFolder, begun_from
+from maml_rl.errors import CheckpointError, InputError, RunStopped
+from maml_rl.evaluate import Evaluation
+from maml_rl.loop import Show, Watcher
+from maml_rl.runs import Row, RunFolder, begun_from
+from maml_rl.signals import stop_requests
 from maml_rl.task_sets import TaskSet, held_out, papers_own, validation
-from maml_rl.train import meta_train, resume
+from maml_rl.train import MakeEngine, local, meta_train, resume
 from maml_rl.trained import differing, experiment_of
+from maml_rl.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,13 @@ NOT_OF_THE_RUN = re.compile(rf"iterations|{NOT_OF_THE_METHOD.pattern}")
 """Settings that a run may be reused with others of."""
 
 
-def train_planned(one: Planned, watch: Watcher | None) -> None:
+def train_planned(one: Planned, watch: Watcher | None, engine: MakeEngine = local) -> None:
     """Train a planned run, or go on with it where it stopped; nothing where it is done.
+
+    Args:
+        one: the run.
+        watch: is told of every iteration.
+        engine: makes what iterations are done with.
 
     Raises:
         InputError: if its folder cannot be used.
@@ -161,9 +173,67 @@ def train_planned(one: Planned, watch: Watcher | None) -> None:
     """
     wanted = one.experiment.iterations
     if not (one.path / "config.yaml").is_file():
-        meta_train(one.experiment, out=one.path, watch=watch)
+        meta_train(one.experiment, out=one.path, watch=watch, engine=engine)
     elif iterations_done(one.path) < wanted:
-        resume(one.path, iterations=wanted, watch=watch)
+        resume(one.path, iterations=wanted, watch=watch, engine=engine)
+
+
+def train_side_by_side(planned: Sequence[Planned], place: Workplace, show: Show) -> None:
+    """Train planned runs in threads, as many at once as the workplace has workers for.
+
+    Where one fails the others end after their running iteration, and so on Ctrl-C or SIGTERM; all
+    can be gone on with. The second Ctrl-C ends them at once.
+
+    Args:
+        planned: the runs.
+        place: where.
+        show: begins to show one, by its name.
+
+    Raises:
+        InputError: if a folder cannot be used.
+        RunStopped: if a run ended early; what was done is kept.
+    """
+    at_once, left = place.at_once(len(planned)), len(planned)
+    failures: list[tuple[Planned, BaseException]] = []
+    lock = threading.Lock()
+
+    def train(one: Planned) -> None:
+        nonlocal left
+        shown = show(one.name)
+
+        def watch(row: Row, total: int) -> None:
+            if shown is not None:
+                shown(row, total)
+            if requests.number or failures:
+                raise RunStopped(f"stopped after {int(row['iteration']) + 1} of {total}", 3)
+
+        try:
+            if not requests.number and not failures:
+                train_planned(one, watch, place.engine)
+        except BaseException as error:
+            with lock:
+                failures.append((one, error))
+        finally:
+            with lock:
+                left -= 1
+                place.to_come(min(at_once, left))
+
+    place.to_come(at_once)
+    with stop_requests() as requests, ThreadPoolExecutor(at_once, "maml-rl-run") as pool:
+        running = [pool.submit(train, one) for one in planned]
+        try:
+            # For moments, so that signals are seen.
+            while wait(running, timeout=1.0).not_done:
+                pass
+        except BaseException:
+            place.drop()
+            raise
+        if requests.number:
+            raise RunStopped("stopped after the running iterations", 128 + requests.number)
+    for one, error in failures[:1]:
+        if isinstance(error, RunStopped):
+            raise RunStopped(f"{one.name}: {error}", error.exit_code) from error
+        raise error
 
 
 def progress(one: Planned) -> str:
@@ -199,12 +269,21 @@ class StepSizes:
 
 
 def choose_step_sizes(
-    benchmark: Benchmark, subjects: Sequence[Subject], say: Callable[[str], None]
-) -> dict[str, StepSizes]:
+    benchmark: Benchmark,
+    subjects: Sequence[Subject],
+    say: Callable[[str], None],
+    tester: Tester = trials_here,
+) -> dict[Method, StepSizes]:
     """Try candidates on validation tasks, and return each adapting method's step sizes.
 
     A method's runs are taken together, and the return after the last gradient step decides. Its
     own step size is tried too, and stays where nothing is better.
+
+    Args:
+        benchmark: with the candidates.
+        subjects: the policies.
+        say: is told what comes out.
+        tester: does the tests.
 
     Raises:
         RunStopped: if memory does not suffice.
@@ -216,15 +295,24 @@ def choose_step_sizes(
         RANDOM: benchmark.random_step_size or alpha,
     }
     tasks = validation(subjects[0].family, benchmark.validation_tasks)
-    result: dict[str, StepSizes] = {}
-    for method in benchmark.methods:
-        if method == ORACLE:
-            continue
-        runs = [s for s in subjects if s.method == method]
-        candidates = dict.fromkeys((own[method], *benchmark.candidates))
+    adapting = [method for method in benchmark.methods if method != ORACLE]
+    runs = {method: [s for s in subjects if s.method == method] for method in adapting}
+    tried = {
+        method: list(dict.fromkeys((own[method], *benchmark.candidates)))
+        for method in (adapting if benchmark.candidates else ())
+    }
+    trials = [
+        Trial(run.trained, tasks, size)
+        for method, sizes in tried.items()
+        for size in sizes
+        for run in runs[method]
+    ]
+    tested = iter(tester(trials))
+    result: dict[Method, StepSizes] = {}
+    for method in adapting:
         found = {}
-        for size in candidates if benchmark.candidates else ():
-            found[size] = validated(runs, size, tasks)
+        for size in tried.get(method, ()):
+            found[size] = last_return([next(tested) for _ in runs[method]])
             say(f"{method}, step size {size:g}: {found[size]:.1f} on validation tasks")
         whole = {size: value for size, value in found.items() if not math.isnan(value)}
         best = max(whole, key=whole.__getitem__) if whole else own[method]
@@ -235,15 +323,9 @@ def choose_step_sizes(
     return result
 
 
-def validated(runs: Sequence[Subject], size: float, tasks: TaskSet) -> float:
-    """Return the mean return of runs on validation tasks after the last gradient step."""
-    try:
-        returns = [
-            evaluate_policy(run.trained, tasks=tasks, step_size=size).returns[-1].mean()
-            for run in runs
-        ]
-    except BrokenDown:
-        return math.nan
+def last_return(tests: Sequence[Evaluation | BrokenDown]) -> float:
+    """Return the mean return of tests after the last gradient step, NaN if one broke down."""
+    returns = [math.nan if isinstance(t, BrokenDown) else t.returns[-1].mean() for t in tests]
     return float(sum(returns) / len(returns))
 
 

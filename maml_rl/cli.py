@@ -1,6 +1,7 @@
 """The command line: what each command takes, prints and exits with.
 
-Exit codes: 0; 1 a bug of ours; 2 bad input; 3 a run stopped itself; 130, 143 signals.
+Exit codes: 0; 1 a bug of ours; 2 bad input; 3 a run stopped itself; 4 a cluster has no worker left;
+130, 143 signals.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -27,6 +28,8 @@ from maml_rl import cluster_speed, gpu_speed, speed
 from maml_rl.cli_evaluate import benchmark_command, evaluate_command, report_run
 from maml_rl.cli_render import render_command, render_trained, report_command
 from maml_rl.cli_shared import (
+    CLUSTER_FLAGS,
+    ClusterOptions,
     DataOptions,
     Importing,
     PlaceOptions,
@@ -38,7 +41,6 @@ from maml_rl.cli_shared import (
     split_target,
     supervised_run,
 )
-from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import (
     Experiment,
     experiment_type,
@@ -50,7 +52,6 @@ from maml_rl.devices import Device, Physics, check_place
 from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
 from maml_rl.listing import show_experiments, show_families, show_problems
-from maml_rl.memory import check_memory
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
@@ -62,9 +63,10 @@ from maml_rl.terminal import (
     step_words,
     watching,
 )
-from maml_rl.train import engine_for, meta_train, resume
+from maml_rl.train import meta_train, resume
 from maml_rl.trained import placed
 from maml_rl.versions import differences
+from maml_rl.workplace import workplace_for
 
 INTRODUCTION = """\
 maml-rl: policies that learn a new task from a few episodes and one gradient step.
@@ -86,7 +88,7 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions):
+class TrainOptions(RunOptions, ClusterOptions):
     """Where a run goes and what it starts from."""
 
     out: Path | None = None
@@ -95,11 +97,10 @@ class TrainOptions(RunOptions):
     """A run whose latest parameters to start from."""
     render: Switch = False
     """Render videos when training is done, and put the film strips into TensorBoard."""
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions(PlaceOptions, RunOptions):
+class ResumeOptions(PlaceOptions, RunOptions, ClusterOptions):
     """Go on with an interrupted run, or extend a finished one."""
 
     run: tyro.conf.Positional[Path]
@@ -107,7 +108,6 @@ class ResumeOptions(PlaceOptions, RunOptions):
     iterations: int | None = None
     """A new total of iterations."""
     data: DataOptions = field(default_factory=DataOptions)
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     render: Switch = False
     """Render videos when training is done, and put the film strips into TensorBoard."""
 
@@ -136,7 +136,7 @@ class ListOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedOptions:
+class SpeedOptions(ClusterOptions):
     """Measure how fast this machine samples and updates."""
 
     json: Switch = False
@@ -153,7 +153,6 @@ class SpeedOptions:
     seconds: float = math.inf
     """Of the figures of --device cuda or --physics, begin none after so many seconds; those with
     goals come first."""
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
 def train_command(words: Sequence[str], console: Console) -> None:
@@ -161,8 +160,8 @@ def train_command(words: Sequence[str], console: Console) -> None:
     target, flags = split_target(words, "EXPERIMENT", "maml-rl train quickstart")
     allowed = any(normal_flag(w) == "allow_import" for w in flags)
     ours = [f.name for f in dataclasses.fields(TrainOptions)]
-    ours += [f"cluster.{f.name}" for f in dataclasses.fields(ClusterSettings)]
-    with Importing(allowed):
+    ours += CLUSTER_FLAGS
+    with Importing(allowed), ExitStack() as stack:
         file = find_experiment(target)
         tree = read_yaml(file)
         if isinstance(tree.get("experiment"), str) and "family" not in tree:
@@ -176,19 +175,19 @@ def train_command(words: Sequence[str], console: Console) -> None:
         experiment, options = parse_command(
             settings, TrainOptions, arguments, f"maml-rl train {target}"
         )
-        check_place(experiment.device, experiment.physics)
-        check_memory(experiment, "sampling", "evaluation")
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)
         if options.init is not None:
             RunFolder.open(options.init)
+        place = stack.enter_context(workplace_for(options.cluster))
+        place.check(experiment, "sampling", "evaluation")
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
-        with going_on(command_line("resume", path, options), path):
+        with going_on(command_line("resume", path, options, options.cluster), path):
             with watching(console, options.quiet) as watch:
-                engine = engine_for(options.cluster)
-                meta_train(experiment, out=path, init=options.init, watch=watch, engine=engine)
-            report_run(console, path, options.quiet)
+                init, engine = options.init, place.engine
+                meta_train(experiment, out=path, init=init, watch=watch, engine=engine)
+            report_run(console, path, place, options.quiet)
             if options.render:
                 render_trained(console, path, quiet=options.quiet)
     if not options.quiet:
@@ -243,8 +242,12 @@ def resume_command(words: Sequence[str], console: Console) -> None:
         )
         return
     refuse_options({"--data.root": options.data.root is not None}, "reinforcement")
-    line = command_line("resume", options.run, options)
-    with Importing(options.allow_import), going_on(line, options.run):
+    line = command_line("resume", options.run, options, options.cluster)
+    with (
+        Importing(options.allow_import),
+        workplace_for(options.cluster) as place,
+        going_on(line, options.run),
+    ):
         with watching(console, options.quiet) as watch:
             resume(
                 options.run,
@@ -252,9 +255,9 @@ def resume_command(words: Sequence[str], console: Console) -> None:
                 device=options.device,
                 physics=options.physics,
                 watch=watch,
-                engine=engine_for(options.cluster),
+                engine=place.engine,
             )
-        report_run(console, options.run, options.quiet)
+        report_run(console, options.run, place, options.quiet)
         if options.render:
             render_trained(console, options.run, quiet=options.quiet)
 

@@ -31,10 +31,13 @@ from maml_rl.benchmark import (
     progress,
     tasks_to_test,
     train_planned,
+    train_side_by_side,
 )
 from maml_rl.benchmark_file import Benchmark, base_experiment, benchmark_words
 from maml_rl.cli_render import render_after
 from maml_rl.cli_shared import (
+    CLUSTER_FLAGS,
+    ClusterOptions,
     DataOptions,
     Importing,
     PlaceOptions,
@@ -46,21 +49,21 @@ from maml_rl.cli_shared import (
     supervised_run,
     supervised_runs,
 )
+from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.comparison import METHODS, Comparison, Outcome
 from maml_rl.config import find_file, shipped_benchmarks, shipped_supervised
-from maml_rl.devices import check_place
 from maml_rl.errors import InputError, refusal
-from maml_rl.memory import check_memory
 from maml_rl.report.tested import is_run
 from maml_rl.results import NEWEST, results_folder, write_own_test, write_results
 from maml_rl.settings import parse_options, parse_with_tyro
 from maml_rl.supervised.commands import evaluate_supervised
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
-from maml_rl.terminal import evaluation_notes, evaluation_tables, watching
+from maml_rl.terminal import evaluation_notes, evaluation_tables, watching, watching_runs
+from maml_rl.workplace import Workplace, workplace_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(PlaceOptions, RunOptions):
+class EvaluateOptions(PlaceOptions, RunOptions, ClusterOptions):
     """Test policies, of one run or several side by side: return against gradient steps."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
@@ -93,7 +96,7 @@ class EvaluateOptions(PlaceOptions, RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions(RunOptions):
+class BenchmarkOptions(RunOptions, ClusterOptions):
     """Where the runs go, and which there are already."""
 
     out: Path | None = None
@@ -159,10 +162,10 @@ def show_results(console: Console, compared: Comparison, family: TaskFamily, fol
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def report_run(console: Console, run: Path, quiet: bool) -> None:
+def report_run(console: Console, run: Path, place: Workplace, quiet: bool) -> None:
     """Test a run that has just been trained, by its experiment's own settings."""
     subject = load_subject(run)
-    outcomes = write_own_test(subject)
+    outcomes = write_own_test(subject, place.test)
     if not quiet:
         compared = Comparison.of(outcomes, subject.family)
         show_results(console, compared, subject.family, results_folder([run], None, usual=True))
@@ -181,6 +184,7 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         render=False,
         data=DataOptions(),
         device=None,
+        cluster=ClusterSettings(),
     ) == EvaluateOptions(run=options.run)
     if supervised_runs(options.run):
         evaluate_supervised_runs(options, usual, console)
@@ -189,7 +193,7 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
         {"--shots": bool(options.shots), "--data.root": options.data.root is not None},
         "reinforcement",
     )
-    with Importing(options.allow_import):
+    with Importing(options.allow_import), workplace_for(options.cluster) as place:
         subjects = load_subjects(options.run, options.checkpoint, options.device, options.physics)
         first = subjects[0].trained.experiment
         given = {"steps": options.steps, "episodes": options.episodes}
@@ -201,7 +205,10 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
             raise InputError(str(error)) from error
         subjects = under_settings(subjects, settings, oracle_steps=options.steps or 0)
         tasks = wanted_tasks(options, first.family, settings.tasks)
-        outcomes = outcomes_of(subjects, tasks, dict.fromkeys(METHODS, options.step_size))
+        placed = replace(first, evaluation=replace(settings, tasks=len(tasks.tasks)))
+        place.check(placed, "evaluation", runs=len(subjects) * max(1, len(options.step_size)))
+        sizes = dict.fromkeys(METHODS, options.step_size)
+        outcomes = outcomes_of(subjects, tasks, sizes, place.test)
         folder = results_folder(options.run, options.out, usual=usual)
         notes = {"checkpoint": options.checkpoint}
         report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)
@@ -226,6 +233,7 @@ def evaluate_supervised_runs(options: EvaluateOptions, usual: bool, console: Con
             "--render": options.render,
             "--allow-import": options.allow_import,
             "--physics": options.physics is not None,
+            "--cluster.address": bool(options.cluster.address),
         },
         "supervised",
     )
@@ -291,6 +299,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
     known = shipped_supervised() if target in shipped_supervised() else shipped_benchmarks()
     file = find_file(target, known, "benchmark")
     of_command = [f.name for f in dataclasses.fields(BenchmarkOptions)]
+    of_command += CLUSTER_FLAGS
     sorted_words = benchmark_words(file, flags, ignored=of_command)
     parsed = parse_with_tyro(
         BenchmarkCommand, sorted_words.benchmark, f"maml-rl benchmark {target}"
@@ -302,25 +311,29 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
         if not options.quiet:
             console.print(text, highlight=False, soft_wrap=True)
 
-    with Importing(options.allow_import):
+    with Importing(options.allow_import), workplace_for(options.cluster) as place:
         base = base_experiment(benchmark, sorted_words, file)
         tasks = tasks_to_test(benchmark, base)
         planned = plan(benchmark, base, out)
         for one in planned:
-            check_place(one.experiment.device, one.experiment.physics)
-            check_memory(one.experiment, "sampling", "evaluation")
+            place.check(one.experiment, "sampling", "evaluation", runs=len(planned))
         given = check_plan(planned, options.reuse)
         with going_on(shlex.join(["maml-rl", "benchmark", *words])):
+            to_train = [one for one in planned if one.name not in given]
+            side_by_side = place.at_once(len(to_train)) > 1
             for one in planned:
                 say(f"{one.name}: {given.get(one.name) or progress(one)}")
-                if one.name not in given:
+                if one in to_train and not side_by_side:
                     with watching(console, options.quiet) as watch:
-                        train_planned(one, watch)
+                        train_planned(one, watch, place.engine)
+            if side_by_side:
+                with watching_runs(console, options.quiet) as show:
+                    train_side_by_side(to_train, place, show)
             loaded = [load_subject(given.get(one.name, one.path)) for one in planned]
             subjects = under_settings(loaded, base.evaluation)
-            sizes = choose_step_sizes(benchmark, subjects, say)
+            sizes = choose_step_sizes(benchmark, subjects, say, place.test)
             tried = {method: size.tried for method, size in sizes.items()}
-            outcomes = outcomes_of(subjects, tasks, tried)
+            outcomes = outcomes_of(subjects, tasks, tried, place.test)
             notes = {
                 **NEWEST,
                 "benchmark": dataclasses.asdict(benchmark),

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tyro
 
 from envs.references import allow_imports
+from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import is_supervised
 from maml_rl.devices import Device, Physics
-from maml_rl.errors import InputError, RunStopped, RunWarning, refusal
+from maml_rl.errors import NOBODY_LEFT, InputError, RunStopped, RunWarning, refusal
 from maml_rl.plain_yaml import parse_yaml, read_yaml
 from maml_rl.runs import RunFolder
 from maml_rl.signals import exit_code
@@ -32,6 +34,16 @@ class RunOptions:
     """Print nothing but errors."""
     allow_import: Switch = False
     """Let the experiment import code of yours, named package.module:Class or :function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """What every command takes whose work can be spread."""
+
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+
+
+CLUSTER_FLAGS = [f"cluster.{item.name}" for item in fields(ClusterSettings)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +86,29 @@ class DataOptions:
     """Where a supervised run's images are, if no longer where they were."""
 
 
-def command_line(command: str, target: Path, options: RunOptions | None = None) -> str:
+def command_line(
+    command: str,
+    target: Path,
+    options: RunOptions | None = None,
+    cluster: ClusterSettings | None = None,
+) -> str:
     """Return what to type for a command on a file or folder."""
     allow = ["--allow-import"] if options is not None and options.allow_import else []
-    return shlex.join(["maml-rl", command, str(target), *allow])
+    given = asdict(cluster) if cluster is not None else {}
+    usual = asdict(ClusterSettings())
+    words = (
+        (f"--cluster.{name.replace('_', '-')}", str(value))
+        for name, value in given.items()
+        if value != usual[name]
+    )
+    return shlex.join(["maml-rl", command, str(target), *allow, *itertools.chain(*words)])
 
 
 @contextmanager
 def going_on(line: str, run: Path | None = None) -> Iterator[None]:
-    """Add the line to type to go on, where a signal ends a run or its test and not a fault.
+    """Add the line to type to go on, where a run or its test ends, and not by a fault.
+
+    By a signal, or since no worker is left.
 
     Args:
         line: what to type.
@@ -91,14 +117,19 @@ def going_on(line: str, run: Path | None = None) -> Iterator[None]:
     Raises:
         RunStopped: in place of KeyboardInterrupt, where there is something to go on with.
     """
+
+    def there() -> bool:
+        return run is None or (run / "config.yaml").exists()
+
     try:
         yield
     except RunStopped as stopped:
-        if stopped.exit_code < 128:
+        mendable = stopped.exit_code >= 128 or stopped.exit_code == NOBODY_LEFT
+        if not mendable or not there():
             raise
         raise RunStopped(f"{stopped}. Go on with: {line}", stopped.exit_code) from stopped
     except KeyboardInterrupt as interrupt:
-        if run is not None and not (run / "config.yaml").exists():
+        if not there():
             raise
         raise RunStopped(f"interrupted. Go on with: {line}", exit_code(interrupt)) from interrupt
 

@@ -9,7 +9,7 @@ from maml_rl.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """A Ray cluster that shares the tasks of every iteration."""
+    """A Ray cluster that shares the work: tasks of every iteration, tests, runs of a benchmark."""
 
     address: str = ""
     """`auto`: the cluster that this machine belongs to; HOST:PORT: one elsewhere; `local:N`: N
@@ -24,7 +24,7 @@ class ClusterSettings:
     """Seconds to wait for a worker when there is none left, before the run ends."""
     hang: float = 120.0
     """Seconds after which a worker that does not answer is given up, or five times as long as the
-    slowest took before."""
+    slowest took before; ten times so many for what none has done yet."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,9 @@ from maml_rl.config import load_experiment
 from maml_rl.figure import Figure
 from maml_rl.maml import sum_of
 from maml_rl.memory import parameter_count
-from maml_rl.train import MakeEngine, Trainer, engine_for, local
+from maml_rl.train import MakeEngine, Trainer, local
 from maml_rl.trained import new_policy
+from maml_rl.workplace import workplace_for
 
 REPEATS = 3
 EXPERIMENT = "half_cheetah_dir"
@@ -89,15 +91,14 @@ def measure(
     tell = (lambda _: None) if say is None else say
     tasks = max(1, round(TASKS * scale))
     tell(f"{EXPERIMENT}, {tasks} tasks: iterations of workers and of one process in turn ...")
-    clustered = trainer_of(tasks, 1, engine_for(settings))
-    try:
+    with workplace_for(settings) as place, ExitStack() as stack:
+        clustered = trainer_of(tasks, 1, place.engine)
+        stack.callback(clustered.close)
         workers = clustered.engine.figures()["workers"]
         alone = trainer_of(tasks, workers * settings.threads_per_worker, local)
+        stack.callback(alone.close)
         pairs = [(timed(alone), timed(clustered)) for _ in range(REPEATS + 1)][1:]
-        alone.close()
         message = clustered.engine.message_seconds()  # type: ignore[attr-defined]  # a cluster
-    finally:
-        clustered.close()
     share = statistics.median(one / other for one, other in pairs)
     seconds = statistics.median(other for _, other in pairs)
     tell("one process of one thread ...")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+NOBODY_LEFT = 4
+"""Exit code where a cluster has no worker, and none comes."""
+
 
 class InputError(ValueError):
     """What the user gave is wrong; the message says how to mend it. Exit code 2."""
@@ -19,6 +22,10 @@ class RunStopped(RuntimeError):  # noqa: N818  # it is news, not always a fault
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive the way from another process; an exception alone keeps its message only."""
+        return type(self), (str(self), self.exit_code)
 
 
 class RunWarning(UserWarning):

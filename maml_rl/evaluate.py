@@ -30,12 +30,15 @@ from maml_rl.maml import (
     update_bytes,
 )
 from maml_rl.policy import GaussianPolicy
-from maml_rl.sampler import Sampler, task_seeds
+from maml_rl.sampler import Sampler, at_once, task_seeds
 from maml_rl.seeds import TEST_SEED
 from maml_rl.task_sets import TaskSet, held_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+ALL = slice(None)
+"""Every task of a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,7 @@ def adapt_to_tasks(
     seed: int,
     chunks: Chunks,
     last: bool,
+    first: int = 0,
 ) -> Iterator[tuple[Params, Episodes | None]]:
     """Yield parameters (T, ...) and episodes after 0, 1, ... gradient steps to T tasks.
 
@@ -134,14 +138,17 @@ def adapt_to_tasks(
         seed: of the episodes.
         chunks: how tasks are divided.
         last: whether to sample after the last update too; if not, its episodes are None.
+        first: the first one's index among all tasks, which its episodes follow from.
     """
     params = broadcast(theta, len(tasks))
     where = torch.from_numpy(tasks)
+    end = first + len(tasks)
     for step in range(len(sizes) + 1):
         if step == len(sizes) and not last:
             yield params, None
             return
-        episodes = sampler.sample(params, where, task_seeds(stream, seed, 0, step, len(tasks)))
+        seeds = task_seeds(stream, seed, 0, step, end)[first:]
+        episodes = sampler.sample(params, where, seeds, first)
         yield params, episodes
         if step < len(sizes):
             estimated, _ = estimate_in_chunks(episodes, advantages, chunks)
@@ -163,6 +170,7 @@ def evaluate(
     physics: Physics = "cpu",
     warp: WarpSettings | None = None,
     tasks: TaskSet | None = None,
+    part: slice = ALL,
     see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
     """Measure returns after 0 to `settings.steps` gradient steps, stochastic policy.
@@ -180,10 +188,11 @@ def evaluate(
         physics: what simulates; `warp` on theta's device.
         warp: its settings.
         tasks: to use in place of the test tasks.
+        part: those of them to test, whose figures are as if all had been.
         see: is given parameters (T, ...) and episodes of each step, to keep what it wants.
     """
     source = held_out(family, settings.tasks) if tasks is None else tasks
-    chosen = source.tasks
+    chosen = source.tasks[part]
     device = next(iter(theta.values())).device.type
     steps = settings.episodes * family.episode_steps
     wanted = torch.from_numpy(chosen)
@@ -194,7 +203,7 @@ def evaluate(
             Sampler(
                 family,
                 policy,
-                tasks=min(tasks_at_once or len(chosen), len(chosen)),
+                tasks=at_once(tasks_at_once, len(chosen), settings.episodes),
                 episodes=settings.episodes,
                 action_scale=action_scale,
                 threads=threads,
@@ -204,7 +213,8 @@ def evaluate(
             )
         )
         # After the worlds, which take of the same memory.
-        size = chunk_size(len(chosen), device, update_bytes(policy, steps, 1))
+        counted = source.tasks if device == "cpu" else chosen
+        size = chunk_size(len(counted), device, update_bytes(policy, steps, 1))
         chunks = stack.enter_context(Chunks(threads if device == "cpu" else 1, size))
         for params, episodes in adapt_to_tasks(
             policy,
@@ -218,6 +228,7 @@ def evaluate(
             seed=TEST_SEED,
             chunks=chunks,
             last=True,
+            first=part.indices(len(source.tasks))[0],
         ):
             assert episodes is not None  # last=True
             see(params, episodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,10 @@ class Watcher(Protocol):
 
     def __call__(self, row: Row, total: int) -> None:
         """Show one row of metrics out of `total` iterations."""
+
+
+Show = Callable[[str], Watcher | None]
+"""Begins to show a run, which has a name where there are several; None where nothing is shown."""
 
 
 class Trainer(Protocol):

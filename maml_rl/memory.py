@@ -14,6 +14,7 @@ import torch
 from envs.family import TaskFamily
 from maml_rl.config import Experiment, observation_size
 from maml_rl.errors import InputError, RunStopped
+from maml_rl.sampler import at_once
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
     for section in sections:
         tasks, episodes, updates = sizes[section]
         batches, adapted = (updates + 1, tasks * updates + 1) if on_cpu else (1, 1)
-        at_once = sampling.at_once(tasks)
+        together = at_once(sampling.tasks_at_once, tasks, episodes)
         parts = (
             (
                 4 * numbers * tasks * episodes * family.episode_steps * batches,
@@ -82,8 +83,8 @@ def check_memory(experiment: Experiment[TaskFamily], *sections: str) -> None:
                 f"policy.layers or {section}.tasks",
             ),
             (
-                (experiment.physics == "cpu") * family.world_bytes * at_once * episodes,
-                f"simulations of {at_once} tasks x {episodes} episodes",
+                (experiment.physics == "cpu") * family.world_bytes * together * episodes,
+                f"simulations of {together} tasks x {episodes} episodes",
                 f"sampling.tasks_at_once, {section}.tasks or {section}.episodes",
             ),
         )
@@ -147,11 +148,11 @@ def memory_to_sample(experiment: Experiment[TaskFamily], section: str) -> Iterat
         RunStopped: in place of that error.
     """
     settings = getattr(experiment, section)
-    at_once = experiment.sampling.at_once(settings.tasks)
+    together = at_once(experiment.sampling.tasks_at_once, settings.tasks, settings.episodes)
     with memory_to(
         f"sample {settings.tasks} tasks x {settings.episodes} episodes x "
         f"{experiment.family.horizon} steps",
-        f"sampling.tasks_at_once (now {at_once}), {section}.episodes, family.horizon or "
+        f"sampling.tasks_at_once (now {together}), {section}.episodes, family.horizon or "
         f"{section}.tasks",
     ):
         yield

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from envs.family import TaskFamily
-from maml_rl.assess import Subject, outcomes_of, under_settings
+from maml_rl.assess import Subject, Tester, outcomes_of, trials_here, under_settings
 from maml_rl.checkpoints import as_json
 from maml_rl.comparison import (
     Comparison,
@@ -36,8 +36,12 @@ NEWEST: Mapping[str, object] = {"checkpoint": "latest"}
 Cell = str | int | float
 
 
-def write_own_test(subject: Subject) -> list[Outcome]:
+def write_own_test(subject: Subject, tester: Tester = trials_here) -> list[Outcome]:
     """Test a run's newest policy by its experiment's own settings, and write RUN/evaluation.
+
+    Args:
+        subject: the policy.
+        tester: does the test.
 
     Raises:
         InputError: if the folder cannot be made.
@@ -45,7 +49,8 @@ def write_own_test(subject: Subject) -> list[Outcome]:
     """
     settings = subject.trained.experiment.evaluation
     subjects = under_settings([subject], settings)
-    outcomes = outcomes_of(subjects, held_out(subject.family, settings.tasks), {})
+    tasks = held_out(subject.family, settings.tasks)
+    outcomes = outcomes_of(subjects, tasks, {}, tester)
     folder = results_folder([subject.path], None, usual=True)
     write_results(folder, outcomes, Comparison.of(outcomes, subject.family), subjects, NEWEST)
     return outcomes

@@ -6,6 +6,7 @@ split over threads, chunks or machines.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -67,7 +68,7 @@ class SamplingSettings:
     paper did; the two differ where episodes end early."""
     tasks_at_once: int = 0
     """Tasks that are simulated together; 0 is all. Fewer take less memory, and change nothing (on a
-    GPU, nothing but rounding)."""
+    GPU, nothing but rounding). Rounded up so that they have a multiple of four episodes."""
     max_diverged: float = 0.1
     """Fraction of a batch's episodes whose simulation may break down; above it the run stops."""
 
@@ -84,9 +85,27 @@ class SamplingSettings:
                 f"sampling.max_diverged must be between 0 and 1, got {self.max_diverged}"
             )
 
-    def at_once(self, tasks: int) -> int:
-        """Return how many of so many tasks are simulated together."""
-        return min(self.tasks_at_once or tasks, tasks)
+
+def whole_bytes(episodes: int) -> int:
+    """Return how many tasks of so many episodes have actions that are whole 16 bytes.
+
+    MKL multiplies a batch of matrices in a way that depends on whether a product begins at a
+    multiple of 16 bytes, and those of a task's K episodes begin where those of the tasks before
+    it end: where tasks are cut, K times any width of float32 must come to such a multiple.
+    """
+    return 4 // math.gcd(4, episodes)
+
+
+def at_once(wanted: int, tasks: int, episodes: int) -> int:
+    """Return how many of so many tasks are simulated together, so that no bit depends on it.
+
+    Args:
+        wanted: tasks; 0 is all. A few more where episodes are odd in number; see `whole_bytes`.
+        tasks: that there are.
+        episodes: of each.
+    """
+    whole = whole_bytes(episodes)
+    return min(-(-wanted // whole) * whole or tasks, tasks)
 
 
 ROLLOUTS: Mapping[Physics, Callable[[Loop], Rollout]] = {

@@ -25,12 +25,14 @@ from maml_rl.maml import (
     Collect,
     InnerStepError,
     MetaObjective,
+    chunk_size,
     sample_and_adapt,
+    update_bytes,
 )
 from maml_rl.memory import memory_to_sample
 from maml_rl.policy import GaussianPolicy
 from maml_rl.rollout import ActionError, Divergence
-from maml_rl.sampler import Sampler, task_generator, task_seeds
+from maml_rl.sampler import Sampler, at_once, task_generator, task_seeds
 from maml_rl.seeds import TRAINING
 
 
@@ -40,7 +42,7 @@ def make_sampler(
     tasks: int,
     max_diverged: float | None = None,
 ) -> Sampler:
-    """Make worlds for so many tasks at once, as an experiment's training samples them.
+    """Make worlds for so many tasks, as an experiment's training samples them.
 
     Raises:
         RunStopped: if memory does not suffice.
@@ -50,7 +52,7 @@ def make_sampler(
         return Sampler(
             experiment.family,
             policy,
-            tasks=tasks,
+            tasks=at_once(settings.tasks_at_once, tasks, settings.episodes),
             episodes=settings.episodes,
             count=settings.count,
             action_scale=experiment.policy.action_scale,
@@ -62,9 +64,18 @@ def make_sampler(
         )
 
 
-def chunks_for(experiment: Experiment[TaskFamily], size: int) -> Chunks:
-    """Make chunks of so many tasks; on a GPU one after another, so that its memory holds one."""
-    return Chunks(experiment.threads if experiment.device == "cpu" else 1, size)
+def chunks_for(
+    experiment: Experiment[TaskFamily], policy: GaussianPolicy, tasks: int, size: int = 0
+) -> Chunks:
+    """Make chunks for the update of so many tasks.
+
+    Of `size` tasks, or as `chunk_size` has them; on a GPU one after another, so that its memory
+    holds one.
+    """
+    steps = experiment.sampling.episodes * experiment.family.episode_steps
+    task_bytes = update_bytes(policy, steps, experiment.adaptation.inner_steps)
+    threads = experiment.threads if experiment.device == "cpu" else 1
+    return Chunks(threads, size or chunk_size(tasks, experiment.device, task_bytes))
 
 
 def collector(
@@ -108,14 +119,13 @@ class Shard:
     def __init__(
         self, experiment: Experiment[TaskFamily], policy: GaussianPolicy, tasks: int, chunk: int
     ) -> None:
-        """Make worlds for so many tasks at once, and chunks of so many in the update."""
+        """Make worlds for so many tasks, and chunks of so many in the update (0: as fits)."""
+        self.tasks = tasks
         self._experiment = experiment
         self._inner = experiment.adaptation.inner_step(policy)
         # How many may break down is judged of the whole batch.
-        self._sampler = make_sampler(
-            experiment, policy, experiment.sampling.at_once(tasks), max_diverged=1.0
-        )
-        self._chunks = chunks_for(experiment, chunk)
+        self._sampler = make_sampler(experiment, policy, tasks, max_diverged=1.0)
+        self._chunks = chunks_for(experiment, policy, tasks, chunk)
         self._adapted: Adapted | None = None
         self._objective: MetaObjective | None = None
 

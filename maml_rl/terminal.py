@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from rich import box
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from envs import TaskFamily
 from maml_rl.comparison import Comparison, MethodScores, StepScores
-from maml_rl.loop import Watcher
+from maml_rl.loop import Show, Watcher
 from maml_rl.runs import Row
 
 
@@ -42,59 +42,67 @@ class Lines:
         self._console = console
         self._words = words
 
-    def __enter__(self) -> Watcher:
-        return self.show
+    def __enter__(self) -> Show:
+        return self._begin
 
     def __exit__(self, *exception: object) -> None:
         return
 
-    def show(self, row: Row, total: int) -> None:
-        """Print one iteration."""
-        seconds = float(row["seconds_sampling"]) + float(row["seconds_updating"])
-        self._console.print(
-            f"iteration {int(row['iteration']) + 1}/{total}  {self._words(row)}  {seconds:.1f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
+    def _begin(self, name: str) -> Watcher:
+        def show(row: Row, total: int) -> None:
+            seconds = float(row["seconds_sampling"]) + float(row["seconds_updating"])
+            self._console.print(
+                f"{f'{name}: ' if name else ''}iteration {int(row['iteration']) + 1}/{total}  "
+                f"{self._words(row)}  {seconds:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        return show
 
 
 class Bar:
-    """Shows a progress bar with the time left."""
+    """Shows a progress bar for every run, with the time left."""
 
     def __init__(self, console: Console, words: Words) -> None:
         self._words = words
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
         )
-        self._task = self._progress.add_task("", total=None, numbers="first iteration ...")
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Show:
         self._progress.start()
-        return self.show
+        return self._begin
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def show(self, row: Row, total: int) -> None:
-        """Move the bar by one iteration."""
-        self._progress.update(
-            self._task,
-            total=total,
-            completed=int(row["iteration"]) + 1,
-            numbers=self._words(row),
+    def _begin(self, name: str) -> Watcher:
+        task = self._progress.add_task(
+            name or "training", total=None, numbers="first iteration ..."
         )
+
+        def show(row: Row, total: int) -> None:
+            self._progress.update(
+                task,
+                total=total,
+                completed=int(row["iteration"]) + 1,
+                numbers=self._words(row),
+            )
+
+        return show
 
 
 class Silence:
     """Shows nothing."""
 
-    def __enter__(self) -> None:
-        return
+    def __enter__(self) -> Show:
+        return lambda _: None
 
     def __exit__(self, *exception: object) -> None:
         return
@@ -117,13 +125,22 @@ def numbers_that_matter(row: Row) -> str:
     return ", ".join(parts)
 
 
-def watching(
+def watching_runs(
     console: Console, quiet: bool, words: Words = numbers_that_matter
 ) -> Bar | Lines | Silence:
-    """Return how to show progress here: a bar on a terminal, lines elsewhere, or nothing."""
+    """Return how to show progress here: bars on a terminal, lines elsewhere, or nothing."""
     if quiet:
         return Silence()
     return Bar(console, words) if console.is_terminal else Lines(console, words)
+
+
+@contextmanager
+def watching(
+    console: Console, quiet: bool, words: Words = numbers_that_matter
+) -> Iterator[Watcher | None]:
+    """Show the progress of one run."""
+    with watching_runs(console, quiet, words) as show:
+        yield show("")
 
 
 def step_words(steps: int) -> str:

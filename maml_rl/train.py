@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shlex
 import time
@@ -20,17 +19,14 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.checkpoints import FRESH, State
 from maml_rl.chunks import Chunks, torch_threads
-from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment, origin_of
 from maml_rl.devices import Device, Physics, reproducible
-from maml_rl.errors import InputError, RunStopped, RunWarning
+from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
     MetaReport,
-    chunk_size,
     meta_iteration,
-    update_bytes,
 )
 from maml_rl.memory import check_memory, repeated_where_memory_fails
 from maml_rl.policy import GaussianPolicy, entropy
@@ -67,6 +63,14 @@ ADVICE: Mapping[str, str] = {
 class Engine(Protocol):
     """Where iterations are done: in this process, or in those of a cluster."""
 
+    @property
+    def device(self) -> str:
+        """Where theta has to be."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Tasks that go through the update together."""
+
     def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
         """Return theta after one meta-iteration, and what happened; see `meta_iteration`.
 
@@ -97,6 +101,16 @@ class Local:
     policy: GaussianPolicy
     sampler: Sampler
     chunks: Chunks
+
+    @property
+    def device(self) -> str:
+        """The experiment's."""
+        return self.experiment.device
+
+    @property
+    def chunk_size(self) -> int:
+        """Tasks that go through the update together."""
+        return self.chunks.size
 
     def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
         """Do one meta-iteration."""
@@ -134,7 +148,8 @@ class Local:
             stacklevel=4,
         )
         self.chunks.close()
-        self.chunks = chunks_for(self.experiment, size // 2)
+        tasks = self.experiment.sampling.tasks
+        self.chunks = chunks_for(self.experiment, self.policy, tasks, size // 2)
         if self.experiment.device == "cuda":
             torch.cuda.empty_cache()
         return size // 2
@@ -150,30 +165,19 @@ class Local:
 
 
 MakeEngine = Callable[[Experiment[TaskFamily], GaussianPolicy, int], Engine]
-"""Makes an engine whose chunks are of so many tasks."""
-
-
-def engine_for(cluster: ClusterSettings) -> MakeEngine:
-    """Return what makes the engine that the settings ask for: a cluster, or this process.
-
-    Raises:
-        InputError: if ray is not installed.
-    """
-    if not cluster.address:
-        return local
-    try:
-        # On demand: it imports ray, which is an extra.
-        from maml_rl.cluster import Cluster
-    except ImportError as error:
-        raise InputError(str(error)) from error
-    return functools.partial(Cluster, cluster)
+"""Makes an engine whose chunks are of so many tasks, or as fits where that is 0."""
 
 
 def local(experiment: Experiment[TaskFamily], policy: GaussianPolicy, chunk: int) -> Local:
-    """Make worlds and threads in this process."""
-    settings = experiment.sampling
-    sampler = make_sampler(experiment, policy, settings.at_once(settings.tasks))
-    return Local(experiment, policy, sampler, chunks_for(experiment, chunk))
+    """Make worlds and threads in this process.
+
+    Raises:
+        InputError: if what has to be kept is more than the machine's memory.
+    """
+    check_memory(experiment, "sampling")
+    tasks = experiment.sampling.tasks
+    sampler = make_sampler(experiment, policy, tasks)
+    return Local(experiment, policy, sampler, chunks_for(experiment, policy, tasks, chunk))
 
 
 @dataclass
@@ -198,18 +202,11 @@ class Trainer:
         make_engine: MakeEngine = local,
     ) -> Trainer:
         """Make what an experiment's iterations are done with."""
-        settings = experiment.sampling
-        task_bytes = update_bytes(
-            policy,
-            settings.episodes * experiment.family.episode_steps,
-            experiment.adaptation.inner_steps,
-        )
-        size = state.chunk_size or chunk_size(settings.tasks, experiment.device, task_bytes)
-        if experiment.device != "cpu":
+        engine = make_engine(experiment, policy, state.chunk_size)
+        if engine.device != "cpu":
             # What is free may be another amount when the run goes on, and chunks decide last bits.
-            state = replace(state, chunk_size=size)
-        on_device = to_device(theta, experiment.device)
-        return cls(experiment, policy, on_device, state, make_engine(experiment, policy, size))
+            state = replace(state, chunk_size=engine.chunk_size)
+        return cls(experiment, policy, to_device(theta, engine.device), state, engine)
 
     def step(self) -> Row:
         """Do one meta-iteration and return its metrics.
@@ -356,7 +353,7 @@ def meta_train(
         init: a run whose parameters to start from.
         mean: the policy's mean, a module (S, O) -> (S, A), in place of the MLP.
         watch: is told of every iteration.
-        engine: makes what iterations are done with; `maml_rl.cluster` has another.
+        engine: makes what iterations are done with; a `Workplace` has one.
 
     Returns:
         The policy after the last iteration.
@@ -365,7 +362,6 @@ def meta_train(
         InputError: if the device, `out` or `init` cannot be used.
         RunStopped: if the run ended early; what was done is in `out`.
     """
-    check_memory(experiment, "sampling")
     fresh = new_policy(experiment, mean)
     theta = fresh.params
     if init is not None:
@@ -424,7 +420,6 @@ def resume(
         if experiment.device != own.device:
             # What fitted there says nothing of here.
             state = replace(state, chunk_size=0)
-        check_memory(experiment, "sampling")
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))
         trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state, engine)

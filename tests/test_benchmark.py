@@ -11,10 +11,11 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,10 @@ import yaml
 
 from envs.family import TaskFamily
 from maml_rl import assess, cli_evaluate
-from maml_rl import benchmark as module
-from maml_rl.assess import Subject, load_subject
+from maml_rl.assess import BrokenDown, Subject, Trial, evaluate_policy, load_subject
 from maml_rl.benchmark import choose_step_sizes, plan
 from maml_rl.benchmark_file import Benchmark, merged
 from maml_rl.cli import run
-from maml_rl.comparison import Outcome
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.rollout import SamplingError
@@ -38,6 +37,7 @@ from maml_rl.seeds import TEST_SEED, VALIDATION
 from maml_rl.signals import Terminated
 from maml_rl.task_sets import TaskSet, held_out, papers_own
 from maml_rl.train import meta_train
+from maml_rl.trained import TrainedPolicy
 from tests.conftest import rows
 
 HUGE = 1e6
@@ -230,18 +230,21 @@ def test_the_test_is_of_both_step_sizes_on_the_same_tasks(whole: Path) -> None:
     assert len(goals) == 3
 
 
-def test_a_candidate_that_breaks_a_policy_is_never_chosen(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_candidate_that_breaks_a_policy_is_never_chosen(whole: Path) -> None:
     """NaN compares with nothing, so it must not come to a comparison, wherever it stands; where
     nothing is left, or nothing beats it, the method keeps its own, which is tried too."""
     values = {0.1: math.nan, 0.2: -3.0, 0.4: -1.0, 0.8: math.nan, 0.5: -2.0}
 
-    def known(runs: Sequence[Subject], size: float, tasks: TaskSet) -> float:
-        return values[size]
-
-    monkeypatch.setattr(module, "validated", known)
     subjects = [loaded(whole / "maml-seed3")]
+    some = evaluate_policy(subjects[0].trained)
+
+    def known(trials: Sequence[Trial]) -> Iterator[Evaluation | BrokenDown]:
+        for trial in trials:
+            assert trial.step_size is not None
+            value = values[trial.step_size]
+            returns = np.full_like(some.returns, value)
+            yield BrokenDown("", 3) if math.isnan(value) else replace(some, returns=returns)
+
     for candidates, best in (
         ((0.1, 0.2, 0.4, 0.8), 0.4),
         ((0.8, 0.4, 0.2), 0.4),
@@ -251,7 +254,7 @@ def test_a_candidate_that_breaks_a_policy_is_never_chosen(
     ):
         given = Benchmark(name="x", experiment="x", methods=("maml",), candidates=candidates)
         said: list[str] = []
-        found = choose_step_sizes(given, subjects, said.append)
+        found = choose_step_sizes(given, subjects, said.append, known)
         assert (found["maml"].own, found["maml"].best) == (0.5, best)
         tried = found["maml"].validation
         sizes = (0.5, *candidates) if candidates else ()
@@ -552,14 +555,14 @@ def test_an_oracle_that_breaks_down_is_left_out(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It has no step size of its own to name."""
-    real = assess.outcome_of
+    real = assess.evaluate_policy
 
-    def fragile(subject: Subject, tasks: TaskSet, size: float | None = None) -> Outcome:
-        if subject.method == "oracle":
+    def fragile(trained: TrainedPolicy, **settings: Any) -> Evaluation:
+        if trained.experiment.policy.observe_task:
             raise assess.BrokenDown("the test was stopped", 3)
-        return real(subject, tasks, size)
+        return real(trained, **settings)
 
-    monkeypatch.setattr(assess, "outcome_of", fragile)
+    monkeypatch.setattr(assess, "evaluate_policy", fragile)
     file = write(Path("b.yaml"), candidates=[])
     reused = [str(p) for p in sorted(whole.iterdir()) if p.is_dir()]
     assert run(["benchmark", file, "--out", "out", "--quiet", "--reuse", *reused]) == 0

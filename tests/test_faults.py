@@ -773,7 +773,7 @@ def test_out_of_memory_halves_the_chunk_and_repeats_the_iteration(
     That chunked and whole gradients agree is in test_maml.py.
     """
     with monkeypatch.context() as patch:
-        patch.setattr("maml_rl.train.chunk_size", lambda *_: 1)
+        patch.setattr("maml_rl.shard.chunk_size", lambda *_: 1)
         one_by_one = meta_train(NAVIGATION).params
     sizes = out_of_memory(2, monkeypatch)
     with pytest.warns(RunWarning, match="iteration 0 is repeated with") as warned:

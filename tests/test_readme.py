@@ -61,7 +61,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         refused = "cuda" in words and not torch.cuda.is_available()
         refused |= "--cluster.address" in words
         if words[:2] == ["speed", "--cluster.address"]:
-            # Workers are started in tests/test_cluster.py.
+            # Workers are started in tests/cluster.
             continue
         assert run([*words, *(tiny or cuts.get(words[0], []))]) == 2 * refused, words
     assert seen == {*COMMANDS} - {"replay"}

@@ -6,30 +6,31 @@ Layers have 16 units or more: torch multiplies smaller matrices in another way.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import ray
 import torch
+from ray import cluster_utils
 
 from envs import Navigation2D, TaskFamily
 from envs.family import Transition, Worlds
 from envs.navigation import NavigationWorlds
 from maml_rl.adapt import Params
 from maml_rl.cli import run
+from maml_rl.cluster import Actor, Crew, Worker
 from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.errors import RunStopped, RunWarning
@@ -37,33 +38,15 @@ from maml_rl.loop import Watcher
 from maml_rl.runs import Row, RunFolder
 from maml_rl.sampler import task_seeds
 from maml_rl.seeds import TRAINING
-from maml_rl.train import engine_for, meta_train, resume
+from maml_rl.spread import Batch, Part, divide
+from maml_rl.train import meta_train, resume
 from maml_rl.versions import versions
+from maml_rl.workplace import workplace_for
+from tests.cluster.conftest import FILTERS, node
 from tests.conftest import rows
 from tests.tiny import SETTINGS, flags
 
-# Ray reads these when it is imported: small stores, no processes ahead of need.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(80 * 2**20)
-os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  # its name
-
-ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
-
-from maml_rl.cluster import Batch, Part, Worker, WorkerActor, divide  # noqa: E402
-
-pytestmark = [
-    # Ray's, of what its next version will do with GPUs that no worker asked for.
-    pytest.mark.filterwarnings("ignore:.*RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:FutureWarning"),
-    # Ray leaves its log files and sockets to the garbage collector.
-    pytest.mark.filterwarnings("ignore:.*unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # A busy machine takes its time to start a process.
-    pytest.mark.filterwarnings("ignore:no worker is there"),
-]
-
-SECONDS = 150
-"""After which a test has hung."""
+pytestmark = FILTERS
 
 SMALL: Mapping[str, object] = {
     **SETTINGS,
@@ -72,54 +55,6 @@ SMALL: Mapping[str, object] = {
     "policy__layers": [16, 17],
 }
 """Ten tasks are five chunks of two."""
-
-
-@pytest.fixture(autouse=True)
-def ends_in_time(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that hangs; where not even that is possible, end Python with its stacks."""
-
-    def hung(number: int, frame: object) -> None:
-        raise TimeoutError(f"{request.node.name} has not ended in {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(SECONDS + 60, exit=True)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_path() -> Iterator[None]:
-    """Where Ray keeps its sockets, whose paths have to be short."""
-    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        yield
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def node(number: int, cores: int) -> dict[str, Any]:
-    """What Ray is told of a node on the loopback, 127.0.0.`number`."""
-    return {
-        "node_ip_address": f"127.0.0.{number}",
-        "num_cpus": cores,
-        "object_store_memory": 80 * 2**20,
-        "include_dashboard": False,
-    }
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A cluster of one node with room for more workers than any test has."""
-    there = cluster_utils.Cluster(initialize_head=True, head_node_args=node(2, 9))
-    yield there.address
-    there.shutdown()
 
 
 NAVIGATION = load_experiment("navigation", **SMALL)
@@ -158,8 +93,9 @@ def train(
     **settings: Any,
 ) -> Outcome:
     """Train on a cluster."""
-    engine = engine_for(ClusterSettings(address=address, **settings))
-    return outcome(meta_train(experiment, out=folder, engine=engine, watch=watch).params, folder)
+    with workplace_for(ClusterSettings(address=address, **settings)) as place:
+        trained = meta_train(experiment, out=folder, engine=place.engine, watch=watch)
+    return outcome(trained.params, folder)
 
 
 @functools.cache
@@ -187,28 +123,28 @@ def disturb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
         act: Callable[[Batch, int], None] = lambda batch, pid: os.kill(pid, signal.SIGKILL),
     ) -> list[int]:
         """Stop the first `victims` workers, so that none has answered when they are acted on."""
-        true, asked, struck = Batch._ask, Counter[str](), list[int]()
+        true, asked, struck = Crew.wait, Counter[str](), list[int]()
+        true_ask = Batch._ask
 
-        def ask(self: Batch, kind: str, call: Callable[[Any, Part], Any]) -> list[Any]:
+        def ask(self: Batch, kind: str, *arguments: object) -> list[Any]:
             asked[kind] += 1
             if (kind, asked[kind]) != (what, nth):
-                return true(self, kind, call)
-            pids = [process(worker) for worker in self._cluster.workers[:victims]]
+                return true_ask(self, kind, *arguments)
+            pids = [process(worker) for worker in self._crew.workers[:victims]]
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
-            left = len(self._homes)
 
-            def calling(actor: Any, part: Part) -> Any:
-                nonlocal left
-                reference = call(actor, part)
-                left -= 1
-                if left == 0:
+            def wait(crew: Crew, *waited: Any) -> list[Any]:
+                if not struck:
+                    # All have been asked.
                     struck.extend(pids)
                     for pid in pids:
                         act(self, pid)
-                return reference
+                return true(crew, *waited)
 
-            return true(self, kind, calling)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Crew, "wait", wait)
+                return true_ask(self, kind, *arguments)
 
         monkeypatch.setattr(Batch, "_ask", ask)
         return struck
@@ -326,8 +262,8 @@ def test_the_worker_that_takes_over_may_be_killed_too(
     """While it samples again what the first had."""
     true, killed = Batch._move, list[int]()
 
-    def move(self: Batch, part: Part, what: str, call: Callable[[Any, Part], Any]) -> Any:
-        reference = true(self, part, what, call)
+    def move(self: Batch, part: Part, what: str, arguments: Sequence[object]) -> Any:
+        reference = true(self, part, what, arguments)
         if not killed:
             killed.append(process(self._homes[part]))
             os.kill(killed[0], signal.SIGKILL)
@@ -364,9 +300,9 @@ def test_with_no_worker_left_the_run_ends_and_can_be_resumed(
     """Both are killed in the second iteration, and there is no room for others: exit code 4."""
 
     def kill(batch: Batch, pid: int) -> None:
-        cluster = batch._cluster
-        cluster._make = ray.remote(WorkerActor).options(num_cpus=100)
-        cluster._settings = replace(cluster._settings, patience=2.0)
+        crew = batch._crew
+        crew._make = ray.remote(Actor).options(num_cpus=100)
+        crew._settings = replace(crew._settings, patience=2.0)
         os.kill(pid, signal.SIGKILL)
 
     disturb("build", 2, victims=2, act=kill)
@@ -506,9 +442,11 @@ def test_what_fails_in_a_worker_is_told_here(
 ) -> None:
     """A task has its number in the whole batch; a mistake has its traceback."""
     experiment = replace(NAVIGATION, family=Faulty(horizon=6, worlds=worlds))
-    engine = engine_for(ClusterSettings(address=address, workers=2))
-    with pytest.raises(error, match=message) as caught:
-        meta_train(experiment, engine=engine)
+    with (
+        workplace_for(ClusterSettings(address=address, workers=2)) as place,
+        pytest.raises(error, match=message) as caught,
+    ):
+        meta_train(experiment, engine=place.engine)
     if worlds is Breaking:
         found = re.search(message, str(caught.value))
         assert found is not None
@@ -561,8 +499,9 @@ def test_without_ray_the_user_is_told_how_to_install_it(
 ) -> None:
     """Exit code 2, and no run folder."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "maml_rl.cluster")
-    monkeypatch.delattr("maml_rl.cluster")
+    for module in ("maml_rl.cluster", "maml_rl.spread"):
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(module)
     words = ["train", "navigation", "--out", str(tmp_path / "run"), "--quiet"]
     assert run([*words, *flags(), "--cluster.address", "auto"]) == 2
     assert "pip install 'ray>=2.50'" in capsys.readouterr().err
@@ -582,12 +521,12 @@ def test_what_fails_in_doing_again_is_told_here(
 
     disturb("product", 2, act=kill)
     experiment = replace(NAVIGATION, family=Faulty(horizon=6, worlds=Hungry, file=str(file)))
-    engine = engine_for(ClusterSettings(address=address, workers=2))
     with (
+        workplace_for(ClusterSettings(address=address, workers=2)) as place,
         pytest.warns(RunWarning, match="is lost"),
         pytest.raises(RunStopped, match="the memory does not suffice to sample"),
     ):
-        meta_train(experiment, engine=engine)
+        meta_train(experiment, engine=place.engine)
 
 
 @pytest.mark.cluster
@@ -597,11 +536,11 @@ def test_a_process_may_have_one_cluster_after_another(
 ) -> None:
     """Even where the first could not be begun, having waited for a worker in vain."""
     if exhausted:
-        engine = engine_for(ClusterSettings(address=address, workers=1, patience=0.0))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("maml_rl.cluster.Cluster._join", lambda self: None)
+        settings = ClusterSettings(address=address, workers=1, patience=0.0)
+        with pytest.MonkeyPatch.context() as patch, workplace_for(settings) as place:
+            patch.setattr("maml_rl.cluster.Crew.join", lambda self: None)
             with pytest.raises(RunStopped, match="no worker is left"):
-                meta_train(NAVIGATION, engine=engine)
+                meta_train(NAVIGATION, engine=place.engine)
     else:
         train(replace(NAVIGATION, iterations=1), tmp_path / "first", address, workers=1)
     assert not ray.is_initialized()
