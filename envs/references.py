@@ -30,6 +30,11 @@ def allow_imports() -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
+def imports_allowed() -> bool:
+    """Return whether `resolve` may import here."""
+    return _ALLOWED.get()
+
+
 def refer_to(value: Callable[..., object]) -> str:
     """Return the reference "module:qualname" of a function or class, and make it known.
 

@@ -11,6 +11,7 @@ No method has a trainer of its own: they differ in `adaptation.inner_steps`,
 
 from __future__ import annotations
 
+import contextvars
 import math
 import re
 import threading
@@ -220,7 +221,8 @@ def train_side_by_side(planned: Sequence[Planned], place: Workplace, show: Show)
 
     place.to_come(at_once)
     with stop_requests() as requests, ThreadPoolExecutor(at_once, "maml-rl-run") as pool:
-        running = [pool.submit(train, one) for one in planned]
+        # In a context like this one, where code of the user's may be allowed.
+        running = [pool.submit(contextvars.copy_context().run, train, one) for one in planned]
         try:
             # For moments, so that signals are seen.
             while wait(running, timeout=1.0).not_done:

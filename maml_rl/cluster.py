@@ -18,12 +18,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from envs.references import allow_imports, imports_allowed
 from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.errors import NOBODY_LEFT, InputError, RunStopped, RunWarning
 from maml_rl.versions import versions
@@ -79,9 +80,12 @@ class WorkerFailedError(Exception):
 class Actor:
     """A worker's process."""
 
-    def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...], imports: bool) -> None:
         torch.set_num_threads(1)
-        self._held = make(*arguments)
+        # What the user has allowed there is allowed here.
+        self._allowing = allow_imports if imports else nullcontext
+        with self._allowing():
+            self._held = make(*arguments)
 
     def hello(self, physics: str) -> dict[str, str]:
         """Return what this process runs, and where."""
@@ -90,7 +94,8 @@ class Actor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of what is held."""
-        return getattr(self._held, method)(*arguments)
+        with self._allowing():
+            return getattr(self._held, method)(*arguments)
 
 
 @dataclass(eq=False)
@@ -229,7 +234,7 @@ class Crew(AbstractContextManager["Crew"]):
         self._settings = cluster.settings
         self._most = most
         self._physics = physics
-        self._arguments = (make, arguments)
+        self._arguments = (make, arguments, imports_allowed())
         self._make = ray.remote(Actor).options(
             num_cpus=self._settings.threads_per_worker,
             num_gpus=self._settings.gpus_per_worker,

@@ -392,3 +392,51 @@ def test_where_the_head_is_lost_the_run_ends_and_can_be_resumed(tmp_path: Path) 
     before = RunFolder.open(tmp_path / "run").load().state.iteration
     assert before >= 2
     resume(tmp_path / "run", iterations=before + 1)
+
+
+PENDULUM = """
+import gymnasium
+
+
+def make_env():
+    return gymnasium.make("Pendulum-v1")
+
+
+def sample_tasks(count, rng):
+    return rng.uniform(5.0, 15.0, (count, 1))
+
+
+def set_task(env, task):
+    env.unwrapped.g = float(task[0])
+"""
+
+
+@pytest.mark.cluster
+def test_code_of_the_users_own_is_allowed_in_workers_too(tmp_path: Path) -> None:
+    """A family that only a module in the working folder makes: trained side by side, and tested."""
+    (tmp_path / "pendulum.py").write_text(PENDULUM)
+    parts = {"make_env": "make_env", "draw_tasks": "sample_tasks", "set_task": "set_task"}
+    names = {key: f"pendulum:{name}" for key, name in parts.items()}
+    experiment = {
+        "name": "swing",
+        "family": {"name": "gymnasium", "horizon": 6, **names},
+        "iterations": 1,
+        "sampling": {"tasks": 4, "episodes": 4},
+        "policy": {"layers": [16, 17]},
+        "evaluation": {"tasks": 4, "episodes": 4, "steps": 1},
+    }
+    (tmp_path / "swing.yaml").write_text(yaml.safe_dump(experiment))
+    compared = {"name": "small", "experiment": "swing.yaml", "candidates": [], "seeds": [0, 1]}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({**compared, "methods": ["maml"]}))
+    words = [sys.executable, "-m", "maml_rl", "benchmark", "both.yaml", "--allow-import", "--quiet"]
+    for name, more in (("here", []), ("there", ["--cluster.address", "local:2"])):
+        done = subprocess.run(
+            [*words, "--out", name, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    tables = [(tmp_path / name / "evaluation.csv").read_bytes() for name in ("here", "there")]
+    assert tables[0] == tables[1]
