@@ -273,11 +273,11 @@ class Crew(AbstractContextManager["Crew"]):
         """
         waiting = list(tickets)
         while True:
+            self._cluster.look()
             left = until - time.monotonic()
             ready, _ = ray.wait(waiting, timeout=min(max(0.0, left), 2.0))
             if ready or left <= 0:
                 return list(ready)
-            self._cluster.look()
 
     def answer(self, ticket: Ticket) -> Any:
         """Return the answer to what was asked.
