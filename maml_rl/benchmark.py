@@ -200,7 +200,7 @@ def train_side_by_side(planned: Sequence[Planned], place: Workplace, show: Show)
 
     def train(one: Planned) -> None:
         nonlocal left
-        shown = show(one.name)
+        shown: Watcher | None = None
 
         def watch(row: Row, total: int) -> None:
             if shown is not None:
@@ -210,6 +210,7 @@ def train_side_by_side(planned: Sequence[Planned], place: Workplace, show: Show)
 
         try:
             if not requests.number and not failures:
+                shown = show(one.name)
                 train_planned(one, watch, place.engine)
         except BaseException as error:
             with lock:

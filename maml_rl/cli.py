@@ -66,7 +66,7 @@ from maml_rl.terminal import (
 from maml_rl.train import meta_train, resume
 from maml_rl.trained import placed
 from maml_rl.versions import differences
-from maml_rl.workplace import workplace_for
+from maml_rl.workplace import checked, workplace_for
 
 INTRODUCTION = """\
 maml-rl: policies that learn a new task from a few episodes and one gradient step.
@@ -255,7 +255,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
                 device=options.device,
                 physics=options.physics,
                 watch=watch,
-                engine=place.engine,
+                engine=checked(place),
             )
         report_run(console, options.run, place, options.quiet)
         if options.render:
@@ -321,6 +321,14 @@ def speed_command(words: Sequence[str], console: Console) -> None:
 
     told = None if options.json else say
     if options.cluster.address:
+        others = {
+            "--threads": options.threads != 0,
+            "--device": options.device != "cpu",
+            "--physics": options.physics is not None,
+            "--seconds": options.seconds < math.inf,
+        }
+        if ignored := [flag for flag, is_given in others.items() if is_given]:
+            raise refusal(f"{' and '.join(ignored)} means nothing with --cluster.address")
         rows = cluster_speed.measure(options.cluster, options.scale, told)
         made: object = rows
         shown = speed.table(rows)

@@ -8,13 +8,15 @@ again by another. Nothing here waits for ever.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
+import re
+import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -29,12 +31,19 @@ from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.errors import NOBODY_LEFT, InputError, RunStopped, RunWarning
 from maml_rl.versions import versions
 
-# Before ray is imported, which reads it then.
+# Before ray is imported, which reads them then. A late call shall not begin another cluster.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+    from ray.exceptions import (
+        ActorDiedError,
+        ActorUnavailableError,
+        GetTimeoutError,
+        RayError,
+        RayTaskError,
+    )
 except ImportError as missing:
     raise ImportError(
         "a cluster needs ray, which is not installed: pip install 'ray>=2.50'"
@@ -42,12 +51,18 @@ except ImportError as missing:
 
 T = TypeVar("T")
 
-MATTERS = ("maml-rl", "torch", "mujoco", "numpy", "mujoco-warp", "warp-lang")
+MATTERS = ("maml-rl", "git", "torch", "mujoco", "numpy", "mujoco-warp", "warp-lang")
 """Packages of which a worker must have the driver's versions."""
+CONNECTED = 30.0
+"""Seconds in which a cluster must be joined."""
 HEAD_ANSWERS = 20.0
 """Seconds in which Ray's head must answer. Ray ends a process itself 60 s after it lost it."""
 LOOK_EVERY = 10.0
 """Seconds after which a wait looks whether it is still there."""
+STARTING = 60.0
+"""Seconds that a process may take to start, however short patience is."""
+RETRIES = 3
+"""Times that something is tried again which has cost a worker."""
 UNKNOWN = 10.0
 """Times `hang` that a worker may take for what none has done yet."""
 
@@ -60,21 +75,12 @@ class WorkerLostError(Exception):
 
 
 class WorkerFailedError(Exception):
-    """What a worker was asked for raised an exception; the message has the worker's traceback."""
+    """What a worker was asked for raised an exception; the message is its traceback there."""
 
     def __init__(self, error: RayTaskError) -> None:
-        super().__init__(str(error))
+        super().__init__(plain(str(error)))
         self.cause: Exception | None = error.cause
-        """As it was raised there."""
-
-    def explained(self, what: str) -> RuntimeError:
-        """Return a mistake to raise here, with the worker's traceback.
-
-        Args:
-            what: the worker was asked for, in words.
-        """
-        text = "".join(traceback.format_exception_only(self.cause)) if self.cause else ""
-        return RuntimeError(f"a worker failed with {what}: {text.strip()}\n{self}")
+        """The exception itself."""
 
 
 class Actor:
@@ -117,27 +123,25 @@ class Cluster(AbstractContextManager["Cluster"]):
             InputError: if there is no cluster at the address, or no room for a worker in it.
         """
         self.settings = settings
+        self.crews: list[Crew] = []
         self.crews_to_come = 1
         """Among how many crews the workers are shared."""
+        self.lock = threading.Lock()
+        """Held by the crew that asks for workers."""
         self.dropped = False
         """Set, every wait ends with an exception."""
         self._looked = time.monotonic()
         self._gone = False
         connect(settings)
         try:
-            self._check_room()
+            if not self._fitting_in_all():
+                raise InputError(
+                    f"the cluster has no room for a worker of {settings.threads_per_worker} cores "
+                    f"and {settings.gpus_per_worker:g} GPUs: no machine of it has so many"
+                )
         except BaseException:
             self.close()
             raise
-
-    def _check_room(self) -> None:
-        """Raise InputError if no worker will ever fit."""
-        settings = self.settings
-        if not self._fitting_in_all():
-            raise InputError(
-                f"the cluster has no room for a worker of {settings.threads_per_worker} cores and "
-                f"{settings.gpus_per_worker:g} GPUs: no machine of it has so many"
-            )
 
     def _fitting(self, resources: dict[str, float]) -> int:
         """Return how many workers these resources are enough for."""
@@ -147,20 +151,25 @@ class Cluster(AbstractContextManager["Cluster"]):
             fitting = min(fitting, resources.get("GPU", 0.0) / settings.gpus_per_worker)
         return int(fitting)
 
+    def machines(self) -> dict[str, dict[str, float]]:
+        """Return the resources of each machine, by Ray's name for it."""
+        found = self.ask_head(ray.nodes)
+        return {one["NodeID"]: one["Resources"] for one in found if one["Alive"]}
+
     def _fitting_in_all(self) -> int:
         """Return how many workers the machines are large enough for, each of them on one."""
-        machines = self.ask_head(ray.nodes)
-        return sum(self._fitting(one["Resources"]) for one in machines if one["Alive"])
+        return sum(map(self._fitting, self.machines().values()))
 
     @property
     def workers(self) -> int:
-        """Workers that all crews may have together: as many as asked for, or as fit."""
-        asked = self.settings.local_workers or self.settings.workers
-        return asked or max(1, self._fitting_in_all())
+        """Workers that all crews may have together: as many as fit, or were asked for."""
+        asked, fitting = self.settings.most_workers, max(1, self._fitting_in_all())
+        return min(asked, fitting) if asked else fitting
 
     def room(self) -> int:
-        """Return how many workers more fit at the moment."""
-        return self._fitting(self.ask_head(ray.available_resources))
+        """Return how many workers more there may be at the moment."""
+        taken = sum(crew.size for crew in self.crews)
+        return min(self.workers - taken, self._fitting(self.ask_head(ray.available_resources)))
 
     def ask_head(self, question: Callable[[], T]) -> T:
         """Return what Ray's head answers, which Ray itself would wait for without end.
@@ -168,18 +177,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         Raises:
             RunStopped: if it does not.
         """
-        answer = Future[T]()
-
-        def ask() -> None:
-            try:
-                answer.set_result(question())
-            except BaseException as error:
-                answer.set_exception(error)
-
-        # A daemon: where the head is gone it never comes back, and must not keep Python.
-        threading.Thread(target=ask, daemon=True).start()
         try:
-            return answer.result(0.0 if self._gone else HEAD_ANSWERS)
+            return in_time(question, 0.0 if self._gone else HEAD_ANSWERS)
         except TimeoutError:
             self._gone = True
             raise RunStopped(
@@ -194,14 +193,15 @@ class Cluster(AbstractContextManager["Cluster"]):
             raise RunStopped("interrupted", 130)
         if time.monotonic() > self._looked + LOOK_EVERY:
             self._looked = time.monotonic()
-            self.ask_head(ray.nodes)
+            self.machines()
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Let all workers go, and leave the cluster."""
+        for crew in list(self.crews):
+            crew.close()
         # Though the head is gone, what is here wants a little time to end.
-        self._gone = False
-        with contextlib.suppress(RunStopped):
-            self.ask_head(ray.shutdown)
+        with contextlib.suppress(TimeoutError):
+            in_time(ray.shutdown, HEAD_ANSWERS)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -244,9 +244,15 @@ class Crew(AbstractContextManager["Crew"]):
         self.workers: list[Worker] = []
         self.lost = 0
         """Workers, so far."""
-        self._joining: dict[Ticket, Any] = {}
-        self._refused: set[str] = set()
+        self._joining: dict[Ticket, tuple[Any, float]] = {}
+        """Processes that are starting, and since when."""
+        self._told: set[str] = set()
+        self._failures = 0
+        self._in_vain = 0
+        """Workers asked for in vain on these machines, which another would be too."""
+        self._machines: set[str] = set()
         self._slowest: dict[str, float] = {}
+        cluster.crews.append(self)
         try:
             self.await_worker()
             # Its fellows get a little time, so that the first work is shared.
@@ -289,9 +295,15 @@ class Crew(AbstractContextManager["Crew"]):
         try:
             return ray.get(ticket, timeout=self._settings.hang)
         except RayTaskError as error:
-            raise WorkerFailedError(error) from error
-        except (RayError, GetTimeoutError) as error:
-            raise WorkerLostError(first_line(error)) from error
+            raise WorkerFailedError(error) from None
+        except GetTimeoutError:
+            raise WorkerLostError("its answer does not come") from None
+        except ActorUnavailableError:
+            raise WorkerLostError("its machine does not answer") from None
+        except ActorDiedError:
+            raise WorkerLostError("its process has ended") from None
+        except RayError as error:
+            raise WorkerLostError(last_line(error)) from None
 
     def limit(self, what: str, amount: float = 1.0) -> float:
         """Return the seconds after which a worker is given up that has not answered."""
@@ -321,6 +333,11 @@ class Crew(AbstractContextManager["Crew"]):
         self.await_worker()
         return min(self.workers, key=list(busy).count)
 
+    @property
+    def size(self) -> int:
+        """Workers, those that are starting included."""
+        return len(self.workers) + len(self._joining)
+
     def join(self) -> None:
         """Take in workers that are ready, and ask for as many as there is room for.
 
@@ -329,29 +346,43 @@ class Crew(AbstractContextManager["Crew"]):
         """
         self._greet_who_comes(0.0)
         cluster = self._cluster
-        share = max(1, cluster.workers // cluster.crews_to_come)
-        missing = min(share, self._most) - len(self.workers) - len(self._joining)
-        for _ in range(min(missing, cluster.room()) if missing > 0 else 0):
-            actor = self._make.remote(*self._arguments)
-            self._joining[actor.hello.remote(self._physics)] = actor
+        with cluster.lock:
+            share = -(-cluster.workers // cluster.crews_to_come)
+            if (machines := set(cluster.machines())) != self._machines:
+                self._machines, self._in_vain = machines, 0
+            missing = min(share, self._most) - self.size - self._in_vain
+            for _ in range(min(missing, cluster.room()) if missing > 0 else 0):
+                actor = self._make.remote(*self._arguments)
+                hello = actor.hello.remote(self._physics)
+                self._joining[hello] = actor, time.monotonic()
 
     def _greet_who_comes(self, seconds: float) -> None:
-        """Take in workers that are ready in so many seconds."""
-        if self._joining:
-            waiting = list(self._joining)
-            ready, _ = ray.wait(
-                waiting, num_returns=1 if seconds else len(waiting), timeout=seconds
-            )
-            for reference in ready:
-                self._greet(reference)
+        """Take in workers that are ready in so many seconds; do without those that hang."""
+        if not self._joining:
+            return
+        count = 1 if seconds else len(self._joining)
+        ready, _ = ray.wait(list(self._joining), num_returns=count, timeout=seconds)
+        for reference in ready:
+            self._greet(reference)
+        for reference, (actor, since) in list(self._joining.items()):
+            if time.monotonic() > since + self._settings.hang:
+                del self._joining[reference]
+                self._end(actor)
+                self._not_started(f"no answer in {self._settings.hang:g} s", again=True)
+
+    def _not_started(self, why: str, *, again: bool) -> None:
+        """Note that a worker did not start, and whether it may be tried again, a few times."""
+        self._failures += 1
+        self._in_vain += not again or self._failures > RETRIES
+        self._tell_once(f"a worker did not start: {why}")
 
     def _greet(self, reference: Ticket) -> None:
         """Take in a worker that has answered, unless it is of other versions."""
-        actor = self._joining.pop(reference)
+        actor, _ = self._joining.pop(reference)
         try:
             found = ray.get(reference, timeout=self._settings.hang)
         except (RayError, GetTimeoutError) as error:
-            tell(f"a worker did not start: {first_line(error)}")
+            self._not_started(last_line(error), again="creation task" not in str(error))
             return
         name = f"{found['host']} process {found['pid']}"
         ours = {**versions(self._physics), "machine": platform.machine()}
@@ -364,9 +395,14 @@ class Crew(AbstractContextManager["Crew"]):
             self.workers.append(Worker(actor, name))
             return
         self._end(actor)
-        if found["host"] not in self._refused:
-            self._refused.add(found["host"])
-            tell(f"worker {name} is refused: it has {', '.join(differing)}")
+        self._in_vain += 1
+        self._tell_once(f"worker {name} is refused: it has {', '.join(differing)}", found["host"])
+
+    def _tell_once(self, what: str, key: str = "") -> None:
+        """Say something, if nothing of that key has been said; by default, if it has not been."""
+        if (key or what) not in self._told:
+            self._told.add(key or what)
+            tell(what)
 
     def await_worker(self) -> None:
         """Wait until there is a worker.
@@ -380,13 +416,16 @@ class Crew(AbstractContextManager["Crew"]):
             self.join()
             if self.workers:
                 return
+            self._cluster.look()
             if self._joining:
                 self._greet_who_comes(1.0)
             else:
                 time.sleep(0.5)
-            self._cluster.look()
+            # Other runs' workers will be free.
+            if any(crew.workers for crew in self._cluster.crews):
+                began = time.monotonic()
             waited = time.monotonic() - began
-            if not self.workers and waited > patience:
+            if waited > (max(patience, STARTING) if self._joining else patience):
                 raise RunStopped(
                     f"no worker is left in the cluster, and none has joined in {patience:g} s "
                     "(cluster.patience)",
@@ -409,9 +448,12 @@ class Crew(AbstractContextManager["Crew"]):
 
     def close(self) -> None:
         """Let the workers go."""
-        self._end(*(worker.actor for worker in self.workers), *self._joining.values())
-        self.workers.clear()
-        self._joining.clear()
+        if self in self._cluster.crews:
+            self._cluster.crews.remove(self)
+            starting = [actor for actor, _ in self._joining.values()]
+            self._end(*(worker.actor for worker in self.workers), *starting)
+            self.workers.clear()
+            self._joining.clear()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -422,43 +464,73 @@ def tell(what: str) -> None:
     warnings.warn(what, RunWarning, stacklevel=2)
 
 
-def first_line(error: Exception) -> str:
-    """Return what an error says, in a line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def plain(text: str) -> str:
+    """Return text without what colours it in a terminal."""
+    return re.sub(r"\x1b\[\d*m", "", text)
+
+
+def last_line(error: BaseException) -> str:
+    """Return what an error says, in a line: the last one, where a traceback has its cause."""
+    lines = plain(str(error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def in_time(question: Callable[[], T], seconds: float) -> T:
+    """Return what a function returns.
+
+    Raises:
+        TimeoutError: if it takes longer. It is left to itself, in a thread that keeps nothing.
+    """
+    answer = Future[T]()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster, or begin one of this machine alone.
 
     Raises:
-        InputError: if there is none at the address.
+        InputError: if there is none at the address in 30 s.
     """
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    local, where = settings.local_workers, settings.address
+    where = settings.address
+    options: dict[str, Any] = {"address": where, "log_to_driver": False, "logging_level": "ERROR"}
+    if local := settings.local_workers:
+        # By its name: without an address ray joins any cluster that it finds.
+        options |= {"address": "local", "num_cpus": local * settings.threads_per_worker}
+        options |= {"include_dashboard": False}
+        if sys.platform == "linux":
+            # Traffic stays on the loopback; its first address Ray does not take.
+            options |= {"_node_ip_address": "127.0.0.2"}
+    terminate = signal.getsignal(signal.SIGTERM)
+    # It prints what becomes of processes, of which the run tells a line itself.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     with warnings.catch_warnings():
         # Ray's own, of what it will change.
         warnings.simplefilter("ignore")
-        if local:
-            # By its name: without an address ray joins any cluster that it finds.
-            cores = local * settings.threads_per_worker
-            # Traffic stays on the loopback, where all of it has addresses; Ray refuses the first.
-            loopback = "127.0.0.2" if sys.platform == "linux" else None
-            ray.init(
-                "local",
-                num_cpus=cores,
-                include_dashboard=False,
-                _node_ip_address=loopback,
-                **quiet,
-            )
-            return
+        logging.getLogger("ray").setLevel(logging.ERROR)
         try:
-            if where != "auto":
+            if where != "auto" and not local:
                 host, _, port = where.rpartition(":")
-                with socket.create_connection((host, int(port)), timeout=10.0):
+                with socket.create_connection((host, int(port)), timeout=CONNECTED):
                     pass
-            ray.init(address=where, **quiet)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            if local:
+                # In this thread, since what it starts ends with the thread.
+                ray.init(**options)
+            else:
+                in_time(lambda: ray.init(**options), CONNECTED)
+        except (ConnectionError, OSError, ValueError, RuntimeError, TimeoutError) as error:
+            why = last_line(error) if str(error) else f"nothing in {CONNECTED:g} s"
             raise InputError(
-                f"no Ray cluster answers at {where}: {first_line(error)}; start one with: "
-                "ray start --head"
+                f"no Ray cluster answers at {where}: {why}; start one with: ray start --head"
             ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                # Ray has taken SIGTERM for itself, in Python and in C++.
+                signal.signal(signal.SIGTERM, terminate)

@@ -23,7 +23,7 @@ from maml_rl.maml import sum_of
 from maml_rl.memory import parameter_count
 from maml_rl.train import MakeEngine, Trainer, local
 from maml_rl.trained import new_policy
-from maml_rl.workplace import workplace_for
+from maml_rl.workplace import checked, workplace_for
 
 REPEATS = 3
 EXPERIMENT = "half_cheetah_dir"
@@ -46,7 +46,7 @@ class Costs:
     task: float
     """Of a task on one thread: sampling, adapting, and its part of the update."""
     message: float
-    """Of the driver, for each message to a worker and back."""
+    """Of the driver, for each vector sent to a worker and the vectors of 20 tasks back."""
     addition: float
     """Of the driver, for each task's vector that it adds."""
     parameters: int
@@ -92,13 +92,14 @@ def measure(
     tasks = max(1, round(TASKS * scale))
     tell(f"{EXPERIMENT}, {tasks} tasks: iterations of workers and of one process in turn ...")
     with workplace_for(settings) as place, ExitStack() as stack:
-        clustered = trainer_of(tasks, 1, place.engine)
+        clustered = trainer_of(tasks, 1, checked(place))
         stack.callback(clustered.close)
         workers = clustered.engine.figures()["workers"]
         alone = trainer_of(tasks, workers * settings.threads_per_worker, local)
         stack.callback(alone.close)
         pairs = [(timed(alone), timed(clustered)) for _ in range(REPEATS + 1)][1:]
-        message = clustered.engine.message_seconds()  # type: ignore[attr-defined]  # a cluster
+        size = len(flatten(clustered.theta))
+        message = clustered.engine.message_seconds(TASKS_A_WORKER, size)  # type: ignore[attr-defined]
     share = statistics.median(one / other for one, other in pairs)
     seconds = statistics.median(other for _, other in pairs)
     tell("one process of one thread ...")

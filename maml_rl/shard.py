@@ -135,7 +135,7 @@ class Shard:
         Raises:
             SamplingError: if a task cannot be sampled.
         """
-        self._objective = self._adapted = None
+        self.forget()
         experiment = self._experiment
         sample = collector(experiment, self._sampler, iteration, start, stop)
         divergences: list[Divergence | None] = []
@@ -184,6 +184,10 @@ class Shard:
         assert self._objective is not None
         with torch_threads(1), reproducible(self._experiment.device):
             return ask(self._objective).cpu()
+
+    def forget(self) -> None:
+        """Let go of the tasks."""
+        self._objective = self._adapted = None
 
     def close(self) -> None:
         """Release worlds and threads."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,12 +25,22 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.assess import BrokenDown, Trial, evaluate_policy
 from maml_rl.chunks import torch_threads
-from maml_rl.cluster import Cluster, Crew, Ticket, Worker, WorkerFailedError, WorkerLostError
+from maml_rl.cluster import (
+    RETRIES,
+    Cluster,
+    Crew,
+    Ticket,
+    Worker,
+    WorkerFailedError,
+    WorkerLostError,
+    last_line,
+)
 from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.evaluate import Evaluation
 from maml_rl.maml import BatchReport, MetaReport, chunk_size, not_finite, outer_step, sum_of
+from maml_rl.memory import check_memory
 from maml_rl.policy import GaussianPolicy
 from maml_rl.rollout import SamplingError
 from maml_rl.sampler import check_diverged, whole_bytes
@@ -74,12 +84,17 @@ class Spread(AbstractContextManager["Spread"]):
         return Cluster(self._settings)
 
     def check(self, experiment: Experiment[TaskFamily], *sections: str, runs: int = 1) -> None:
-        """Raise InputError where there are more workers than work, or no GPU is theirs."""
+        """Raise InputError where there are more workers than work, or no GPU is theirs.
+
+        Memory is known of this machine alone.
+        """
         placed = self._placed(experiment)
+        if self._settings.local_workers:
+            check_memory(placed, *sections)
         work = getattr(placed, sections[0])
         unit = unit_of(self._chunk(placed, work.tasks), work.episodes)
         most = -(-work.tasks // unit) * runs
-        asked = self._settings.local_workers or self._settings.workers
+        asked = self._settings.most_workers
         if asked > most:
             raise InputError(
                 f"{asked} workers are more than {work.tasks} tasks in parts of {unit} can use: at "
@@ -145,7 +160,7 @@ class Spread(AbstractContextManager["Spread"]):
             for part in self._parts_of(*pair, parts)
         ]
         physics = next((e.physics for e in experiments if e.physics == "warp"), "cpu")
-        with Crew(self._cluster, len(pieces), physics, Tester) as crew:
+        with Crew(self._cluster, len(pieces), physics, Trials) as crew:
             # A policy is sent once, whatever it is tested with.
             policies = {id(trial.trained): trial.trained for trial in trials}
             sent = {key: crew.put(policy) for key, policy in policies.items()}
@@ -153,13 +168,13 @@ class Spread(AbstractContextManager["Spread"]):
                 Job(trial, sent[id(trial.trained)], experiment)
                 for trial, experiment in zip(trials, experiments, strict=True)
             ]
-            arriving = answers(crew, jobs, pieces)
+            arriving = results_of(crew, jobs, pieces)
             found: dict[Piece, Evaluation | BrokenDown] = {}
             for number in range(len(trials)):
                 mine = [piece for piece in pieces if piece.trial == number]
                 while not all(piece in found for piece in mine):
                     found.update([next(arriving)])
-                yield joined([found[piece] for piece in mine])
+                yield join_parts([found[piece] for piece in mine])
 
     def _parts_of(self, trial: Trial, placed: Experiment[TaskFamily], parts: int) -> list[Part]:
         """Divide a test into so many parts, or fewer."""
@@ -202,8 +217,14 @@ class Shards:
 
     def forget(self) -> None:
         """Let go of every part; their worlds are used again."""
-        self._free += self._shards.values()
+        for shard in self._shards.values():
+            shard.forget()
+            self._free.append(shard)
         self._shards.clear()
+
+    def echo(self, vector: Tensor, tasks: int) -> Tensor:
+        """Answer at once as many numbers as a product with so many tasks, to be timed."""
+        return vector.expand(tasks, -1).clone()
 
     def build(self, part: Part, pool: int) -> None:
         """See `Shard.build`."""
@@ -246,7 +267,7 @@ class SpreadEngine:
         crew, settings = self._crew, self._experiment.sampling
         crew.join()
         parts = divide(settings.tasks, self._unit, max(1, len(crew.workers)))
-        batch = Batch(crew, parts, theta, iteration)
+        batch = Batch(crew, parts, theta, iteration, self._experiment.seed)
         reports = batch.begin()
         kept = min(len(report.batches) for report in reports)
         joined = tuple(
@@ -275,12 +296,19 @@ class SpreadEngine:
             updated, step = outer_step(theta, batch, self._experiment.trust_region)
         return updated, MetaReport(joined, step, seconds)
 
-    def message_seconds(self, times: int = 50) -> float:
-        """Return the driver's seconds for each message to a worker and back, of so many rounds."""
+    def message_seconds(self, tasks: int, parameters: int, times: int = 20) -> float:
+        """Return the driver's seconds for each message to a worker and its answer.
+
+        Args:
+            tasks: the answer has a vector for each.
+            parameters: numbers in a vector.
+            times: rounds to measure.
+        """
         crew, began = self._crew, time.perf_counter()
         for _ in range(times):
-            for ticket in [crew.call(worker, "forget") for worker in crew.workers]:
-                crew.answer(ticket)
+            vector = crew.put(torch.zeros(parameters))
+            tickets = [crew.call(worker, "echo", vector, tasks) for worker in crew.workers]
+            torch.cat([crew.answer(ticket) for ticket in tickets])
         return (time.perf_counter() - began) / (times * len(crew.workers))
 
     def take_less(self, iteration: int) -> int:
@@ -305,13 +333,17 @@ class SpreadEngine:
 class Batch:
     """One iteration's tasks, wherever they are: the trust region's objective."""
 
-    def __init__(self, crew: Crew, parts: Sequence[Part], theta: Params, iteration: int) -> None:
+    def __init__(
+        self, crew: Crew, parts: Sequence[Part], theta: Params, iteration: int, seed: int
+    ) -> None:
         self._crew = crew
+        self._name = f"iteration {iteration} (run seed {seed})"
         self._beginning = (crew.put(theta), iteration)
         self._pool: int | None = None
         self._homes = dict(zip(parts, crew.workers, strict=False))
         self._redone: dict[Part, list[Ticket]] = {}
         """Of parts that were moved, what has to be done again before what is asked for."""
+        self._losses = Counter[Part]()
         for worker in crew.workers:
             crew.call(worker, "forget")
 
@@ -354,7 +386,7 @@ class Batch:
                 try:
                     answers[part] = crew.answer(ticket)
                 except WorkerFailedError as failed:
-                    raise self._explained(failed, part) from failed
+                    raise raised_by(self._first(failed, part), part, self._name) from None
                 except WorkerLostError as lost:
                     gone[self._homes[part]] = str(lost)
                 else:
@@ -367,6 +399,8 @@ class Batch:
             for worker, why in gone.items():
                 crew.lose(worker, why)
                 for part in [p for p, home in self._homes.items() if home is worker]:
+                    self._losses[part] += part not in answers
+                    check_losses(self._losses[part], part, why)
                     waiting = {t: p for t, p in waiting.items() if p is not part}
                     ticket = self._move(part, what, arguments)
                     if part not in answers:
@@ -390,24 +424,42 @@ class Batch:
                 self._redone[part].append(crew.call(home, "build", part, self._pool))
         return crew.call(home, what, part, *arguments)
 
-    def _explained(self, failed: WorkerFailedError, part: Part) -> Exception:
-        """Return what to raise: of what had to be done again, what failed first."""
+    def _first(self, failed: WorkerFailedError, part: Part) -> WorkerFailedError:
+        """Return what failed first: of what had to be done again, or else this."""
         for earlier in self._redone.get(part, ()):
             try:
                 self._crew.answer(earlier)
             except WorkerFailedError as first:
-                failed = first
-                break
+                return first
             except WorkerLostError:
                 break
-        return explained(failed, part)
+        return failed
 
 
-def explained(failed: WorkerFailedError, part: Part) -> Exception:
-    """Return what to raise here for what failed in a worker: what the user can mend as it is."""
+def check_losses(count: int, part: Part, why: str) -> None:
+    """Raise RunStopped where tasks have cost one worker after the other."""
+    if count > RETRIES:
+        raise RunStopped(
+            f"tasks {part.start} to {part.stop - 1} have cost {count} workers, the last with: "
+            f"{why}. Perhaps a machine's memory does not suffice, or the family ends its process",
+            3,
+        )
+
+
+def raised_by(failed: WorkerFailedError, part: Part, work: str) -> Exception:
+    """Return what to raise here for what failed in a worker: what the user can mend as it is.
+
+    Args:
+        failed: what it answered.
+        part: the tasks that it had.
+        work: of what, in words.
+    """
     if isinstance(failed.cause, (SamplingError, RunStopped, InputError, MemoryError)):
         return failed.cause
-    return failed.explained(f"tasks {part.start} to {part.stop - 1}")
+    return RuntimeError(
+        f"a worker failed with tasks {part.start} to {part.stop - 1} of {work}: "
+        f"{last_line(failed)}\n{failed}"
+    )
 
 
 @dataclass(frozen=True)
@@ -434,7 +486,7 @@ class Job:
         return (part.stop - part.start) * settings.episodes * (settings.steps + 1)
 
 
-class Tester:
+class Trials:
     """What a worker of tests holds: nothing, since every test is whole in itself."""
 
     def test(
@@ -451,17 +503,23 @@ class Tester:
         return evaluate_policy(there, tasks=trial.tasks, step_size=trial.step_size, part=tasks)
 
 
-def answers(
+def results_of(
     crew: Crew, jobs: Sequence[Job], pieces: Sequence[Piece]
 ) -> Iterator[tuple[Piece, Evaluation | BrokenDown]]:
     """Yield every piece's result as it comes; what a lost worker had, another does."""
-    todo = deque(pieces)
+    todo, losses = deque(pieces), Counter[Piece]()
     busy: dict[Ticket, tuple[Worker, Piece, float]] = {}
 
     def ask(worker: Worker, piece: Piece) -> None:
         job = jobs[piece.trial]
         ticket = crew.call(worker, "test", job.sent, job.experiment, job.trial, piece.part)
         busy[ticket] = worker, piece, time.monotonic()
+
+    def again(worker: Worker, piece: Piece, why: str) -> None:
+        crew.lose(worker, why)
+        losses[piece] += 1
+        check_losses(losses[piece], piece.part, why)
+        todo.appendleft(piece)
 
     def ends(piece: Piece, since: float) -> float:
         return since + crew.limit("test", jobs[piece.trial].episodes(piece.part))
@@ -478,12 +536,11 @@ def answers(
             try:
                 result = crew.answer(ticket)
             except WorkerLostError as lost:
-                crew.lose(worker, str(lost))
-                todo.appendleft(piece)
+                again(worker, piece, str(lost))
                 continue
             except WorkerFailedError as failed:
                 if not isinstance(failed.cause, BrokenDown):
-                    raise explained(failed, piece.part) from failed
+                    raise raised_by(failed, piece.part, "a test") from None
                 result = failed.cause
             seconds = time.monotonic() - since
             crew.took("test", seconds, jobs[piece.trial].episodes(piece.part))
@@ -491,11 +548,10 @@ def answers(
         for ticket, (worker, piece, since) in list(busy.items()):
             if time.monotonic() > ends(piece, since):
                 del busy[ticket]
-                crew.lose(worker, f"no answer in {ends(piece, 0.0):.0f} s")
-                todo.appendleft(piece)
+                again(worker, piece, f"no answer in {ends(piece, 0.0):.0f} s")
 
 
-def joined(parts: Sequence[Evaluation | BrokenDown]) -> Evaluation | BrokenDown:
+def join_parts(parts: Sequence[Evaluation | BrokenDown]) -> Evaluation | BrokenDown:
     """Return a test of which these are the parts, or why it could not go on."""
     whole = [part for part in parts if isinstance(part, Evaluation)]
     if len(whole) < len(parts):

@@ -15,7 +15,7 @@ from maml_rl.errors import InputError
 from maml_rl.evaluate import Evaluation
 from maml_rl.memory import check_memory
 from maml_rl.policy import GaussianPolicy
-from maml_rl.train import Engine, local
+from maml_rl.train import Engine, MakeEngine, local
 
 
 class Workplace(Protocol):
@@ -46,6 +46,16 @@ class Workplace(Protocol):
 
     def drop(self) -> None:
         """Let everything end that other threads wait for."""
+
+
+def checked(place: Workplace) -> MakeEngine:
+    """Return what makes engines of a workplace for experiments that have a place there."""
+
+    def make(experiment: Experiment[TaskFamily], policy: GaussianPolicy, chunk: int) -> Engine:
+        place.check(experiment, "sampling")
+        return place.engine(experiment, policy, chunk)
+
+    return make
 
 
 class Here:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -35,11 +36,13 @@ from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.loop import Watcher
+from maml_rl.maml import outer_step
 from maml_rl.runs import Row, RunFolder
 from maml_rl.sampler import task_seeds
 from maml_rl.seeds import TRAINING
-from maml_rl.spread import Batch, Part, divide
+from maml_rl.spread import Batch, Part, Shards, Spread, divide, unit_of
 from maml_rl.train import meta_train, resume
+from maml_rl.trained import new_policy
 from maml_rl.versions import versions
 from maml_rl.workplace import workplace_for
 from tests.cluster.conftest import FILTERS, node
@@ -174,7 +177,7 @@ def test_tasks_are_divided_in_whole_chunks(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_any_number_of_workers_comes_to_the_bits_of_one_process(
     workers: int, tmp_path: Path
 ) -> None:
@@ -303,10 +306,12 @@ def test_with_no_worker_left_the_run_ends_and_can_be_resumed(
         crew = batch._crew
         crew._make = ray.remote(Actor).options(num_cpus=100)
         crew._settings = replace(crew._settings, patience=2.0)
+        patch.setattr("maml_rl.cluster.STARTING", 2.0)
         os.kill(pid, signal.SIGKILL)
 
     disturb("build", 2, victims=2, act=kill)
     with (
+        pytest.MonkeyPatch.context() as patch,
         pytest.warns(RunWarning, match="is lost"),
         pytest.raises(RunStopped, match="no worker is left") as stopped,
     ):
@@ -429,7 +434,8 @@ class Faulty(Navigation2D):
         (
             Raising,
             RuntimeError,
-            r"tasks (0 to 5|6 to 9): KeyError: 'no such joint'(.|\n)*in step",
+            r"tasks (0 to 5|6 to 9) of iteration 0 \(run seed 0\): KeyError: 'no such joint'"
+            r"(.|\n)*in step",
         ),
         (Hungry, RunStopped, "the memory does not suffice to sample 10 tasks"),
     ],
@@ -460,13 +466,19 @@ def test_what_fails_in_a_worker_is_told_here(
     ("words", "message"),
     [
         (["--cluster.address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
-        (["--cluster.address", "nowhere"], "no Ray cluster answers at nowhere"),
+        (["--cluster.address", "nowhere"], "must be auto, HOST:PORT or local:N, got 'nowhere'"),
         (["--cluster.address", "auto"], "no Ray cluster answers at auto"),
         (["--cluster.address", "local:0"], "must be auto, HOST:PORT or local:N, got 'local:0'"),
         (["--cluster.address", "local:x"], "must be auto, HOST:PORT or local:N, got 'local:x'"),
         (["--cluster.address", "local:6"], "6 workers are more than 10 tasks"),
         (["--cluster.address", "auto", "--cluster.workers", "6"], "at most 5"),
+        (["--cluster.address", "local:²"], "must be auto, HOST:PORT or local:N, got 'local:²'"),
         (["--cluster.hang", "0"], "cluster.hang must be between 1 and"),
+        (["--cluster.workers", "2"], "cluster.workers needs cluster.address"),
+        (
+            ["--cluster.address", "auto", "--cluster.gpus-per-worker", "1.5"],
+            "must be a fraction or a whole number of GPUs, got 1.5",
+        ),
         pytest.param(
             ["--cluster.address", "local:1", "--cluster.gpus-per-worker", "1"],
             "no room for a worker of 1 cores and 1 GPUs",
@@ -563,3 +575,138 @@ def test_workers_are_measured_against_one_process(capsys: pytest.CaptureFixture[
         ["predicted:", f"{count:,}"] for count in (4, 16, 64, 256, 1024)
     ]
     assert [f["value"] for f in others] == sorted(f["value"] for f in others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(Navigation2D):
+    """Navigation whose worlds end their process, if it is another than the driver's."""
+
+    driver: int
+
+    def make_worlds(self, count: int, *, threads: int = 0) -> Worlds:
+        """Die."""
+        if os.getpid() != self.driver:
+            os._exit(1)
+        return super().make_worlds(count, threads=threads)
+
+
+@pytest.mark.cluster
+def test_tasks_that_cost_every_worker_end_the_run(address: str) -> None:
+    """After four, with exit code 3; else it would go on for ever."""
+    experiment = replace(NAVIGATION, family=Deadly(horizon=6, driver=os.getpid()))
+    with (
+        workplace_for(ClusterSettings(address=address, workers=1)) as place,
+        pytest.warns(RunWarning, match=r"is lost \(its process has ended\)") as told,
+        pytest.raises(RunStopped, match="tasks 0 to 9 have cost 4 workers") as stopped,
+    ):
+        meta_train(experiment, engine=place.engine)
+    assert stopped.value.exit_code == 3
+    assert len([w for w in told if "is lost" in str(w.message)]) == 4
+
+
+class Unmade(Navigation2D):
+    """What no worker can be made with."""
+
+    def __setstate__(self, state: object) -> None:
+        raise ModuleNotFoundError("No module named 'mine'")
+
+
+@pytest.mark.cluster
+def test_why_a_worker_cannot_be_made_is_told_once(address: str) -> None:
+    """With what it lacks, and not again and again while it is waited for."""
+    experiment = replace(NAVIGATION, family=Unmade(horizon=6))
+    settings = ClusterSettings(address=address, workers=1, patience=5.0)
+    with (
+        workplace_for(settings) as place,
+        pytest.warns(RunWarning, match="did not start: .*No module named 'mine'") as told,
+        pytest.raises(RunStopped, match="no worker is left"),
+    ):
+        meta_train(experiment, engine=place.engine)
+    assert len([w for w in told if "did not start" in str(w.message)]) == 1
+
+
+def test_a_port_that_says_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who listens there is no Ray: exit code 2 in time."""
+    monkeypatch.setattr("maml_rl.cluster.CONNECTED", 0.3)
+    monkeypatch.setattr("ray.init", lambda **_: time.sleep(3.0))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert run(["train", "navigation", *flags(), "--cluster.address", address]) == 2
+    assert f"no Ray cluster answers at {address}: nothing in 0.3 s" in capsys.readouterr().err
+
+
+def test_what_a_cluster_makes_no_use_of_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of `speed`, and too many workers for a run that is gone on with."""
+    there = ["--cluster.address", "local:50"]
+    assert run(["speed", *there, "--threads", "2", "--seconds", "3"]) == 2
+    said = "--threads and --seconds means nothing with --cluster.address"
+    assert said in capsys.readouterr().err
+    meta_train(replace(NAVIGATION, iterations=1), out=tmp_path / "run")
+    assert run(["resume", str(tmp_path / "run"), "--iterations", "2", *there]) == 2
+    assert "50 workers are more than 10 tasks in parts of 2 can use" in capsys.readouterr().err
+
+
+def test_who_takes_long_is_not_given_up_too_soon() -> None:
+    """Ten times `hang` for what none has done, then five times the slowest, by the amount."""
+    crew = Crew.__new__(Crew)
+    crew._settings = ClusterSettings(address="auto", hang=3.0)
+    crew._slowest = {}
+    assert crew.limit("begin") == 30.0
+    crew.took("begin", 8.0, 4.0)
+    crew.took("begin", 2.0, 4.0)
+    assert (crew.limit("begin"), crew.limit("begin", 4.0), crew.limit("build")) == (
+        10.0,
+        40.0,
+        30.0,
+    )
+    crew.took("build", 0.1)
+    assert crew.limit("build") == 3.0
+
+
+def test_a_worker_has_worlds_for_its_parts_and_keeps_nothing_else() -> None:
+    """Those of parts that are forgotten are used again, if they are enough; graphs are let go."""
+    shards = Shards(NAVIGATION, new_policy(NAVIGATION).policy, 2)
+    theta = new_policy(NAVIGATION).params
+    shards.begin(Part(0, 4), theta, 0)
+    first = shards._shards[0]
+    assert first._adapted is not None
+    shards.forget()
+    assert first._adapted is None
+    shards.begin(Part(4, 6), theta, 1)
+    assert shards._shards[4] is first
+    shards.begin(Part(6, 10), theta, 1)
+    assert shards._shards[6] is not first
+    shards.forget()
+    shards.begin(Part(0, 10), theta, 2)
+    assert shards._shards[0].tasks == 10
+
+
+def test_experiments_are_placed_as_workers_are() -> None:
+    """On their threads and, where they have some, on their GPUs; there chunks are as fits."""
+    settings = ClusterSettings(address="auto", threads_per_worker=3, gpus_per_worker=0.5)
+    spread = Spread(settings)
+    placed = spread._placed(NAVIGATION)
+    assert (placed.threads, placed.device) == (3, "cuda")
+    assert (spread._chunk(placed, 10), spread._chunk(NAVIGATION, 10)) == (0, 2)
+    assert (unit_of(0, 3), unit_of(2, 4), unit_of(2, 3), unit_of(3, 2)) == (1, 2, 4, 6)
+
+
+@pytest.mark.cluster
+def test_the_drivers_sums_are_of_one_thread(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Several would add long vectors in another order."""
+    seen: list[int] = []
+
+    def step(*arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return outer_step(*arguments)
+
+    monkeypatch.setattr("maml_rl.spread.outer_step", step)
+    torch.set_num_threads(2)
+    train(NAVIGATION, tmp_path / "run", address, workers=1)
+    assert seen == [1, 1, 1]
