@@ -349,7 +349,7 @@ class Crew(AbstractContextManager["Crew"]):
         with cluster.lock:
             share = -(-cluster.workers // cluster.crews_to_come)
             if (machines := set(cluster.machines())) != self._machines:
-                self._machines, self._in_vain = machines, 0
+                self._machines, self._failures, self._in_vain = machines, 0, 0
             missing = min(share, self._most) - self.size - self._in_vain
             for _ in range(min(missing, cluster.room()) if missing > 0 else 0):
                 actor = self._make.remote(*self._arguments)
@@ -422,7 +422,7 @@ class Crew(AbstractContextManager["Crew"]):
             else:
                 time.sleep(0.5)
             # Other runs' workers will be free.
-            if any(crew.workers for crew in self._cluster.crews):
+            if any(crew.size for crew in self._cluster.crews if crew is not self):
                 began = time.monotonic()
             waited = time.monotonic() - began
             if waited > (max(patience, STARTING) if self._joining else patience):

@@ -13,10 +13,16 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came where no training was running."""
 
 
+_TERMINATED = threading.Event()
+"""Set by SIGTERM: in a library's C++ its exception becomes a plain KeyboardInterrupt."""
+
+
 def raise_on_terminate() -> None:
-    """Let SIGTERM interrupt like Ctrl-C."""
+    """Let SIGTERM interrupt like Ctrl-C, from here on."""
+    _TERMINATED.clear()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _TERMINATED.set()
         raise Terminated
 
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
@@ -25,7 +31,8 @@ def raise_on_terminate() -> None:
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """Return 143 after SIGTERM, 130 after Ctrl-C."""
-    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    terminated = isinstance(interrupt, Terminated) or _TERMINATED.is_set()
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 class StopRequests:
