@@ -45,6 +45,7 @@ from maml_rl.policy import GaussianPolicy
 from maml_rl.rollout import SamplingError
 from maml_rl.sampler import check_diverged, whole_bytes
 from maml_rl.shard import Shard, ShardReport
+from maml_rl.task_sets import TaskSet
 from maml_rl.trained import TrainedPolicy, to_device
 
 
@@ -493,14 +494,15 @@ class Trials:
         self,
         trained: TrainedPolicy,
         experiment: Experiment[TaskFamily],
-        trial: Trial,
+        tasks: TaskSet,
+        step_size: float | None,
         part: Part,
     ) -> Evaluation:
-        """Test a policy on some tasks of a trial."""
+        """Test a policy on some of the tasks of a trial."""
         params = to_device(trained.params, experiment.device)
         there = replace(trained, experiment=experiment, params=params)
-        tasks = slice(part.start, part.stop)
-        return evaluate_policy(there, tasks=trial.tasks, step_size=trial.step_size, part=tasks)
+        some = slice(part.start, part.stop)
+        return evaluate_policy(there, tasks=tasks, step_size=step_size, part=some)
 
 
 def results_of(
@@ -512,7 +514,9 @@ def results_of(
 
     def ask(worker: Worker, piece: Piece) -> None:
         job = jobs[piece.trial]
-        ticket = crew.call(worker, "test", job.sent, job.experiment, job.trial, piece.part)
+        # The policy itself is where `sent` says.
+        how = (job.trial.tasks, job.trial.step_size)
+        ticket = crew.call(worker, "test", job.sent, job.experiment, *how, piece.part)
         busy[ticket] = worker, piece, time.monotonic()
 
     def again(worker: Worker, piece: Piece, why: str) -> None:
