@@ -19,8 +19,8 @@ from maml_rl.checkpoints import FRESH
 from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import load_experiment
 from maml_rl.figure import Figure
-from maml_rl.maml import sum_of
 from maml_rl.memory import parameter_count
+from maml_rl.sums import nodes_of
 from maml_rl.train import MakeEngine, Trainer, local
 from maml_rl.trained import new_policy
 from maml_rl.workplace import checked, workplace_for
@@ -46,9 +46,9 @@ class Costs:
     task: float
     """Of a task on one thread: sampling, adapting, and its part of the update."""
     message: float
-    """Of the driver, for each vector sent to a worker and the vectors of 20 tasks back."""
+    """Of the driver, for each vector sent to a worker and the sums of 20 tasks back."""
     addition: float
-    """Of the driver, for each task's vector that it adds."""
+    """Of the driver, for each vector that it adds."""
     parameters: int
     """Numbers in a vector."""
     products: int
@@ -63,18 +63,18 @@ class Costs:
         """Bytes that an iteration moves between the driver and one worker of so many tasks."""
         vector = 4 * self.parameters
         sent = vector * (1 + self.products + LINE_SEARCH)
-        received = tasks * (vector * (1 + self.products) + 8 * LINE_SEARCH)
+        received = sums_of(tasks) * (2 * vector * (1 + self.products) + 16 * LINE_SEARCH)
         return sent + received
 
     def predicted(self, workers: int) -> dict[str, float]:
         """Return the seconds of each part of an iteration of so many workers, 20 tasks each."""
-        tasks = TASKS_A_WORKER * workers
+        sums = sums_of(TASKS_A_WORKER)
         return {
             "workers": TASKS_A_WORKER * self.task,
             "latency": self.calls * LATENCY,
             "messages": self.calls * workers * self.message,
             "network": workers * self.bytes_of(TASKS_A_WORKER) / BANDWIDTH,
-            "driver's sums": tasks * (1 + self.products) * self.addition,
+            "driver's sums": workers * sums * (1 + self.products) * self.addition,
         }
 
 
@@ -99,7 +99,7 @@ def measure(
         stack.callback(alone.close)
         pairs = [(timed(alone), timed(clustered)) for _ in range(REPEATS + 1)][1:]
         size = len(flatten(clustered.theta))
-        message = clustered.engine.message_seconds(TASKS_A_WORKER, size)  # type: ignore[attr-defined]
+        message = clustered.engine.message_seconds(sums_of(TASKS_A_WORKER), size)  # type: ignore[attr-defined]
     share = statistics.median(one / other for one, other in pairs)
     seconds = statistics.median(other for _, other in pairs)
     tell("one process of one thread ...")
@@ -159,12 +159,19 @@ def timed(trainer: Trainer) -> float:
     return time.perf_counter() - began
 
 
+def sums_of(tasks: int) -> int:
+    """Return the most sums that a worker of so many tasks answers with, of many such workers."""
+    starts = range(0, 64 * tasks, tasks)
+    return max(len(nodes_of(start, start + tasks, 64 * tasks)) for start in starts)
+
+
 def addition_seconds(size: int) -> float:
-    """Return the driver's seconds to add one task's vector of so many numbers."""
-    terms = torch.zeros(100, size)
+    """Return the driver's seconds to add a vector of so many numbers."""
+    one, other = torch.zeros(2, size, dtype=torch.float64)
     began = time.perf_counter()
-    sum_of(terms)
-    return (time.perf_counter() - began) / len(terms)
+    for _ in range(100):
+        _ = one + other
+    return (time.perf_counter() - began) / 100
 
 
 def prediction(costs: Costs, workers: int) -> Figure:

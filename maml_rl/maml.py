@@ -23,6 +23,7 @@ from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, Mlp, kl_divergence, log_density, log_std
+from maml_rl.sums import sum_of
 from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
@@ -145,17 +146,6 @@ def estimate_in_chunks(
     ):
         rows[:, : chunk.shape[1]] = chunk
     return advantages, torch.cat(explained)
-
-
-def sum_of(terms: Tensor) -> Tensor:
-    """Add tasks' terms (M, d) in float64, (d,): on a CPU in task order, whatever their chunks."""
-    if terms.device.type != "cpu":
-        # There every addition would be a launch.
-        return terms.double().sum(0)
-    total = torch.zeros(terms.shape[-1], dtype=torch.float64)
-    for term in terms:
-        total += term
-    return total
 
 
 class MetaObjective:

@@ -1,7 +1,7 @@
 """Some tasks of every iteration, in one process: sampled, adapted to, and kept for the outer step.
 
-Whatever a shard answers it answers task by task, and what it says of a task does not depend on the
-other tasks that are in it. So a batch may be divided among processes in any way.
+What a shard finds of a task does not depend on the other tasks that are in it, and it adds tasks up
+as `maml_rl/sums.py` says. So a batch may be divided among processes in any way.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from maml_rl.policy import GaussianPolicy
 from maml_rl.rollout import ActionError, Divergence
 from maml_rl.sampler import Sampler, at_once, task_generator, task_seeds
 from maml_rl.seeds import TRAINING
+from maml_rl.sums import partial_sums
 
 
 def make_sampler(
@@ -121,6 +122,7 @@ class Shard:
     ) -> None:
         """Make worlds for so many tasks, and chunks of so many in the update (0: as fits)."""
         self.tasks = tasks
+        self._start = 0
         self._experiment = experiment
         self._inner = experiment.adaptation.inner_step(policy)
         # How many may break down is judged of the whole batch.
@@ -136,6 +138,7 @@ class Shard:
             SamplingError: if a task cannot be sampled.
         """
         self.forget()
+        self._start = start
         experiment = self._experiment
         sample = collector(experiment, self._sampler, iteration, start, stop)
         divergences: list[Divergence | None] = []
@@ -167,23 +170,24 @@ class Shard:
             self._objective = self._adapted.objective(self._inner, self._chunks, pool)
 
     def gradient(self) -> Tensor:
-        """Return each task's gradient, (M, d); see `MetaObjective`."""
+        """Return the gradient summed over the nodes of its tasks, (n, d); see `MetaObjective`."""
         return self._answer(lambda objective: objective.gradient_terms())
 
     def product(self, vector: Tensor) -> Tensor:
-        """Return each task's share of the Fisher product, (M, d)."""
+        """Return the Fisher product summed over the nodes of its tasks, (n, d)."""
         there = vector.to(self._experiment.device)
         return self._answer(lambda objective: objective.product_terms(there))
 
     def evaluate(self, candidate: Tensor) -> Tensor:
-        """Return each task's surrogate and share of the divergence, (M, 2)."""
+        """Return surrogate and divergence summed over the nodes of its tasks, (n, 2)."""
         there = candidate.to(self._experiment.device)
         return self._answer(lambda objective: objective.evaluate_terms(there))
 
     def _answer(self, ask: Callable[[MetaObjective], Tensor]) -> Tensor:
         assert self._objective is not None
         with torch_threads(1), reproducible(self._experiment.device):
-            return ask(self._objective).cpu()
+            terms = ask(self._objective).cpu()
+        return partial_sums(terms, self._start, self._experiment.sampling.tasks)
 
     def forget(self) -> None:
         """Let go of the tasks."""

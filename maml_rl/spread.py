@@ -1,9 +1,9 @@
 """Tasks of iterations and of tests spread over a cluster; the results are those of one process.
 
-Of an iteration, a worker samples some tasks' episodes, keeps them, and answers for each task alone,
-so that the sums are made here, in task order, and are the same bits however the tasks are divided.
-Parameters, and vectors of their size, are all that travels. Of tests, every part of one is a job of
-its own. What a lost worker had is sampled again by another from its seeds.
+Of an iteration, a worker samples some tasks' episodes, keeps them, and answers with sums over them;
+the batch's are the same bits however its tasks are divided, see `maml_rl/sums.py`. Parameters, and
+vectors of their size, are all that travels. Of tests, every part of one is a job of its own. What a
+lost worker had is sampled again by another from its seeds.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.config import Experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.evaluate import Evaluation
-from maml_rl.maml import BatchReport, MetaReport, chunk_size, not_finite, outer_step, sum_of
+from maml_rl.maml import BatchReport, MetaReport, chunk_size, not_finite, outer_step
 from maml_rl.memory import check_memory
 from maml_rl.policy import GaussianPolicy
 from maml_rl.rollout import SamplingError
 from maml_rl.sampler import check_diverged, whole_bytes
 from maml_rl.shard import Shard, ShardReport
+from maml_rl.sums import nodes_of, sum_of_nodes
 from maml_rl.task_sets import TaskSet
 from maml_rl.trained import TrainedPolicy, to_device
 
@@ -223,9 +224,9 @@ class Shards:
             self._free.append(shard)
         self._shards.clear()
 
-    def echo(self, vector: Tensor, tasks: int) -> Tensor:
-        """Answer at once as many numbers as a product with so many tasks, to be timed."""
-        return vector.expand(tasks, -1).clone()
+    def echo(self, vector: Tensor, vectors: int) -> Tensor:
+        """Answer at once as much as a product of so many sums, to be timed."""
+        return vector.double().repeat(vectors, 1)
 
     def build(self, part: Part, pool: int) -> None:
         """See `Shard.build`."""
@@ -297,19 +298,19 @@ class SpreadEngine:
             updated, step = outer_step(theta, batch, self._experiment.trust_region)
         return updated, MetaReport(joined, step, seconds)
 
-    def message_seconds(self, tasks: int, parameters: int, times: int = 20) -> float:
+    def message_seconds(self, vectors: int, parameters: int, times: int = 20) -> float:
         """Return the driver's seconds for each message to a worker and its answer.
 
         Args:
-            tasks: the answer has a vector for each.
+            vectors: of float64 in the answer.
             parameters: numbers in a vector.
             times: rounds to measure.
         """
         crew, began = self._crew, time.perf_counter()
         for _ in range(times):
             vector = crew.put(torch.zeros(parameters))
-            tickets = [crew.call(worker, "echo", vector, tasks) for worker in crew.workers]
-            torch.cat([crew.answer(ticket) for ticket in tickets])
+            for ticket in [crew.call(worker, "echo", vector, vectors) for worker in crew.workers]:
+                crew.answer(ticket)
         return (time.perf_counter() - began) / (times * len(crew.workers))
 
     def take_less(self, iteration: int) -> int:
@@ -340,6 +341,7 @@ class Batch:
         self._crew = crew
         self._name = f"iteration {iteration} (run seed {seed})"
         self._beginning = (crew.put(theta), iteration)
+        self._tasks = max(part.stop for part in parts)
         self._pool: int | None = None
         self._homes = dict(zip(parts, crew.workers, strict=False))
         self._redone: dict[Part, list[Ticket]] = {}
@@ -359,18 +361,28 @@ class Batch:
 
     def gradient(self) -> Tensor:
         """See `Objective.gradient`."""
-        joined = torch.cat(self._ask("gradient"))
-        return sum_of(joined) / len(joined)
+        return self._sum("gradient") / self._tasks
 
     def product(self, vector: Tensor) -> Tensor:
         """See `Objective.product`."""
-        return sum_of(torch.cat(self._ask("product", self._crew.put(vector))))
+        return self._sum("product", self._crew.put(vector))
 
     def evaluate(self, candidate: Tensor) -> tuple[float, float]:
         """See `Objective.evaluate`."""
-        joined = torch.cat(self._ask("evaluate", self._crew.put(candidate)))
-        surrogate, kl = sum_of(joined).tolist()
-        return surrogate / len(joined), kl
+        surrogate, kl = self._sum("evaluate", self._crew.put(candidate)).tolist()
+        return surrogate / self._tasks, kl
+
+    def _sum(self, what: str, *arguments: object) -> Tensor:
+        """Ask for every part's sums, and add them."""
+        parts = sorted(self._homes, key=lambda part: part.start)
+        sums = {
+            node: total
+            for part, totals in zip(parts, self._ask(what, *arguments), strict=True)
+            for (node, _), total in zip(
+                nodes_of(part.start, part.stop, self._tasks), totals, strict=True
+            )
+        }
+        return sum_of_nodes(sums, self._tasks)
 
     def _ask(self, what: str, *arguments: object) -> list[Any]:
         """Ask for every part, and again elsewhere where its worker is lost; in task order."""

@@ -29,6 +29,7 @@ ALGORITHM = frozenset(
         "policy",
         "seeds",
         "stateless",
+        "sums",
         "supervised.learner",
         "supervised.networks",
         "supervised.tasks",
