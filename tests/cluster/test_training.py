@@ -567,8 +567,8 @@ def test_workers_are_measured_against_one_process(capsys: pytest.CaptureFixture[
     measured, moved, costs, *others = json.loads(capsys.readouterr().out)
     assert 0 < measured["value"] < 3
     assert measured["met"] is None
-    # 12,812 parameters: theta, 10 directions and 2 candidates one way; the other way, for a sum over
-    # four tasks in float64, a gradient, 10 products and twice 2 numbers.
+    # 12,812 parameters: theta, 10 directions and 2 candidates one way; the other way, for a sum
+    # over four tasks in float64, a gradient, 10 products and twice 2 numbers.
     assert moved["value"] == pytest.approx((12_812 * (4 * 13 + 8 * 11) + 8 * 4) / 1e6)
     assert costs["value"] > 0
     assert [f["what"].split()[:2] for f in others] == [
