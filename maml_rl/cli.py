@@ -51,7 +51,7 @@ from maml_rl.config import (
 from maml_rl.devices import Device, Physics, check_place
 from maml_rl.errors import InputError, RunStopped, RunWarning, printable, refusal
 from maml_rl.inspection import inspect_run
-from maml_rl.listing import show_experiments, show_families, show_problems
+from maml_rl.listing import show_experiments, show_families, show_policies, show_problems
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.replay import play, read_dump
 from maml_rl.runs import RunFolder
@@ -80,7 +80,7 @@ maml-rl: policies that learn a new task from a few episodes and one gradient ste
   maml-rl inspect RUN          what a run or a checkpoint holds, and whether it is whole
   maml-rl replay DUMP          see again a simulation that broke down in training
   maml-rl data NAME DIR        make a data set of small pictures to learn from
-  maml-rl list                 task families, supervised problems, and the experiments that ship
+  maml-rl list                 task families, problems, and the experiments and policies that ship
   maml-rl speed                how fast this machine samples and updates
 
 `maml-rl COMMAND --help` shows a command's options. Start with: maml-rl train quickstart
@@ -306,6 +306,7 @@ def list_command(words: Sequence[str], console: Console) -> None:
     show_families(console)
     show_problems(console)
     show_experiments(console)
+    show_policies(console)
 
 
 def speed_command(words: Sequence[str], console: Console) -> None:

@@ -147,6 +147,12 @@ def shipped_benchmarks() -> dict[str, Path]:
     return {p.stem: p for p in sorted(shipped_folder().glob("benchmark_*.yaml"))}
 
 
+def shipped_policies() -> dict[str, Path]:
+    """Return the run folders of trained policies that travel with the package, by name."""
+    found = sorted((shipped_folder() / "checkpoints").glob("*/config.yaml"))
+    return {path.parent.name: path.parent for path in found}
+
+
 def find_experiment(name: str) -> Path:
     """Return the file of an experiment given as a path, or by the name of one that ships.
 

@@ -32,6 +32,7 @@ from maml_rl.comparison import (
     Method,
     MethodScores,
     Outcome,
+    compare,
     grouped,
     method_name,
     stack,
@@ -61,7 +62,7 @@ from maml_rl.looks import (
     values_to_show,
     words,
 )
-from maml_rl.paper import points_for
+from maml_rl.paper import Point, points_for
 from maml_rl.runs import read_metrics
 
 LOOK: dict[Any, Any] = {
@@ -151,6 +152,22 @@ def returns_figure(
     """Return against gradient steps: every method with its interval, and the paper's points."""
     figure = Figure(figsize=(7.5, 5))
     axes = figure.subplots()
+    papers = draw_returns(axes, scores, family, tasks)
+    axes.set_xlabel("gradient steps")
+    axes.set_ylabel("return of an episode")
+    axes.set_title(f"{title(family)}: {scores[0].tasks} task{'s' * (scores[0].tasks > 1)}")
+    figure.legend(loc="outside right center")
+    figure.text(0.01, -0.01, caption(scores, papers), va="top", fontsize=8)
+    return figure
+
+
+def draw_returns(
+    axes: Axes,
+    scores: Sequence[MethodScores],
+    family: TaskFamily,
+    tasks: npt.NDArray[np.float32],
+) -> Mapping[str, Sequence[Point]]:
+    """Draw returns against gradient steps, and return the paper's points that are among them."""
     papers = points_for(family, tasks)
     last = max(step.steps for one in scores for step in one.steps)
     papers = {
@@ -187,12 +204,7 @@ def returns_figure(
         )
     axes.set_ylim(low, high)
     axes.set_xticks(range(last + 1))
-    axes.set_xlabel("gradient steps")
-    axes.set_ylabel("return of an episode")
-    axes.set_title(f"{title(family)}: {scores[0].tasks} task{'s' * (scores[0].tasks > 1)}")
-    figure.legend(loc="outside right center")
-    figure.text(0.01, -0.01, caption(scores, papers), va="top", fontsize=8)
-    return figure
+    return papers
 
 
 def caption(scores: Sequence[MethodScores], papers: Mapping[str, object]) -> str:
@@ -286,6 +298,30 @@ def tasks_figure(
     figure.supxlabel(f"{name} ({unit})" if unit else name, fontsize=10)
     figure.supylabel("return of an episode", fontsize=10)
     figure.suptitle(title(family), fontsize=11)
+    return figure
+
+
+def panels_figure(
+    benchmarks: Sequence[tuple[TaskFamily, Sequence[Outcome]]],
+) -> Figure:
+    """Return against gradient steps, a panel for each family: the paper's figure 5."""
+    columns = min(2, len(benchmarks))
+    rows = math.ceil(len(benchmarks) / columns)
+    figure = Figure(figsize=(6.5 * columns, 4.5 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(benchmarks) :]:
+        axes.set_axis_off()
+    drawn: dict[str, Sequence[Point]] = {}
+    everything: list[MethodScores] = []
+    for axes, (family, outcomes) in zip(grid, benchmarks, strict=False):
+        scores = compare(outcomes, family)
+        everything += scores
+        drawn |= draw_returns(axes, scores, family, outcomes[0].evaluation.tasks)
+        axes.set_title(title(family))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, handlelength=2.5)
+    figure.supxlabel("gradient steps", fontsize=10)
+    figure.supylabel("return of an episode", fontsize=10)
+    figure.text(0.01, -0.01, caption(everything, drawn), va="top", fontsize=8)
     return figure
 
 

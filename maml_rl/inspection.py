@@ -84,6 +84,9 @@ def is_checkpoint(path: Path) -> bool:
         InputError: if it cannot be looked at.
     """
     try:
+        # A run may lie in a folder called checkpoints too.
+        if (path / "checkpoints").is_dir():
+            return False
         return (path / MANIFEST).exists() or path.resolve().parent.name == "checkpoints"
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What `maml-rl list` shows: task families, their settings, and the experiments that ship."""
+"""What `maml-rl list` shows: families and their settings, experiments and policies that ship."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import envs
 from envs import TaskFamily
-from maml_rl.config import shipped_benchmarks, shipped_experiments, shipped_supervised
+from maml_rl.config import (
+    load_experiment,
+    shipped_benchmarks,
+    shipped_experiments,
+    shipped_folder,
+    shipped_policies,
+    shipped_supervised,
+)
+from maml_rl.stored import read_outcomes, read_summary
 from maml_rl.supervised.config import PROBLEMS
 
 
@@ -80,6 +89,34 @@ def show_experiments(console: Console) -> None:
             header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             table.add_row(f"  {name}", header)
         console.print(table)
+
+
+def show_policies(console: Console) -> None:
+    """Print every trained policy that ships, with what its own test gave."""
+    console.print("\nTrained policies that ship (maml-rl render FOLDER/NAME)", style="bold")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("  name", no_wrap=True)
+    for heading in ("protocol", "iterations", "before", "1 step", "2 steps", "3 steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for path in shipped_policies().values():
+        family = load_experiment(path / "config.yaml").family
+        (outcome,) = read_outcomes(path / "evaluation", family)
+        (tested,) = read_summary(path / "evaluation").runs
+        means = outcome.evaluation.returns.mean(axis=1)
+        returns = [f"{mean:.1f}" for mean in means]
+        table.add_row(f"  {path.name}", family.protocol_name, str(tested.iterations), *returns)
+    console.print(table)
+    told = (
+        f"  in {nearest(shipped_folder() / 'checkpoints')}; mean return over test tasks before and "
+        "after gradient steps, which maml-rl evaluate FOLDER/NAME measures again"
+    )
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def nearest(path: Path) -> Path:
+    """Return a path as one would type it: from the working directory where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def other_protocols(family: TaskFamily, field: str, value: object) -> str:

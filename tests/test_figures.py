@@ -27,6 +27,8 @@ from maml_rl.cli import run  # noqa: E402
 from maml_rl.comparison import Method, MethodScores, Outcome, compare  # noqa: E402
 from maml_rl.config import load_experiment  # noqa: E402
 from maml_rl.evaluate import Evaluation  # noqa: E402
+from maml_rl.looks import title  # noqa: E402
+from maml_rl.paper import paper_returns  # noqa: E402
 from maml_rl.runs import read_metrics  # noqa: E402
 from maml_rl.task_sets import held_out, papers_own  # noqa: E402
 from maml_rl.train import meta_train  # noqa: E402
@@ -295,3 +297,19 @@ def test_without_matplotlib_what_to_install_is_said(
     assert run(["evaluate", str(runs[0].path), "--out", str(tmp_path / "out")]) == 0
     assert "pip install 'maml-rl[plot]'" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"evaluation.csv", "summary.json"}
+
+
+def test_several_families_stand_in_a_panel_each() -> None:
+    """Three panels and an empty place; in each its own lines and the paper's points."""
+    families = [HalfCheetahVel(), HalfCheetahDir(), Navigation2D()]
+    figure = figures.panels_figure(
+        [(f, [outcome(f, [-10.0 * n, -5.0])]) for n, f in enumerate(families, start=1)]
+    )
+    assert len(figure.axes) == 4
+    assert not figure.axes[3].axison
+    for n, (axes, family) in enumerate(zip(figure.axes, families, strict=False), start=1):
+        assert axes.get_title() == title(family)
+        assert heights(axes, "maml") == pytest.approx([-10.0 * n, -5.0])
+        papers = [p.mean for p in paper_returns(family.name)["maml"] if p.steps <= 1]
+        assert heights(axes, "maml, the paper's") == papers
+    assert "the paper's own points" in figure.texts[-1].get_text()
