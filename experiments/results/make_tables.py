@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from maml_rl.config import shipped_policies
 from maml_rl.paper import paper_returns
 from maml_rl.terminal import step_words
 
@@ -160,6 +161,22 @@ def training() -> str:
     return table(head, rows)
 
 
+def shipped() -> str:
+    """Return what the policies that ship reach on the paper's tasks, and what the paper's did."""
+    rows = []
+    for name, folder in shipped_policies().items():
+        if not (folder / "papers_tasks").is_dir():
+            continue
+        found = summary(f"../checkpoints/{name}/papers_tasks")
+        (run,), (method,) = found["runs"], found["methods"]
+        returns = [with_interval(step) for step in method["gradient_steps"]]
+        link = f"[{name}](experiments/checkpoints/{name})"
+        rows.append([link, str(run["iterations"]), *returns])
+        papers = [f"{p.mean:.1f}" for p in paper_returns(name)["maml"] if p.steps <= 3]
+        rows.append(["*the paper's*", "", *papers])
+    return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
+
+
 CURVES = {
     "sinusoid-seed0": "maml, seed 0",
     "sinusoid-seed1": "maml, seed 1",
@@ -251,8 +268,11 @@ def supervised_training() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": lambda: one_run("quickstart-seed0"),
     "quickstart seeds": quickstarts,
-    "half_cheetah_dir run": lambda: one_run("half_cheetah_dir-seed0"),
-    "half_cheetah_dir likelihood ratio": lambda: one_run("half_cheetah_dir_lr_from_100-seed0"),
+    "half_cheetah_dir": lambda: one_run("../checkpoints/half_cheetah_dir"),
+    "half_cheetah_dir relu": lambda: one_run(
+        "half_cheetah_dir_variants/relu_likelihood_ratio_from_100"
+    ),
+    "shipped": shipped,
     "training": training,
     "sinusoid": sinusoid,
     "drawn_characters": characters,
