@@ -19,6 +19,7 @@ from typing import Any
 
 from maml_rl.config import shipped_policies
 from maml_rl.paper import paper_returns
+from maml_rl.runs import read_metrics
 from maml_rl.terminal import step_words
 
 RESULTS = Path(__file__).parent
@@ -177,6 +178,72 @@ def shipped() -> str:
     return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
 
 
+LOG_PROB = "benchmark_half_cheetah_dir/maml-seed0"
+TRIED: Mapping[str, Mapping[str, str]] = {
+    "half_cheetah_dir": {
+        "half_cheetah_dir_variants/relu_log_prob": "relu, log-prob, directions drawn one by one",
+        LOG_PROB: "relu, log-prob",
+        "half_cheetah_dir_variants/relu_likelihood_ratio": "relu, likelihood-ratio",
+        "half_cheetah_dir_variants/relu_gamma95": "relu, likelihood-ratio, discount .95",
+        "half_cheetah_dir_variants/relu_likelihood_ratio_from_100": (
+            "relu; log-prob to iteration 100, then likelihood-ratio"
+        ),
+        "half_cheetah_dir_variants/tanh_log_prob": "tanh, log-prob",
+        "../checkpoints/half_cheetah_dir": "tanh, likelihood-ratio",
+    },
+    "half_cheetah_dir from 600": {
+        "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
+        "half_cheetah_dir_variants/from_600_alpha2": "`adaptation.step_size .2`",
+        "half_cheetah_dir_variants/from_600_kl05": "`trust_region.max_kl .05`",
+        "half_cheetah_dir_variants/from_600_first_order": "`adaptation.first_order True`",
+        "half_cheetah_dir_variants/from_600_k40": "`sampling.episodes 40`",
+    },
+}
+"""Runs that were tried, and what the page calls them."""
+
+
+def tried(name: str) -> str:
+    """Return how far runs came: return of their last ten batches, before and after one step."""
+    rows = []
+    for folder, words in TRIED[name].items():
+        metrics = read_metrics(RESULTS / folder / "metrics.csv")
+        last = {phase: metrics[f"return_{phase}"][-10:] for phase in (0, 1)}
+        after = last[1]
+        rows.append(
+            [
+                f"[{words}]({folder})",
+                str(int(metrics["iteration"][-1]) + 1),
+                f"{sum(last[0]) / len(last[0]):.0f}",
+                f"{sum(after) / len(after):.0f} ({min(after):.0f} to {max(after):.0f})",
+            ]
+        )
+    return table(["run", "iterations", "before", "after one step"], rows)
+
+
+def inner_signal() -> str:
+    """Return the share of the inner gradient that belongs to the task, lowest and highest seed."""
+    shares: dict[tuple[str, str, str, str], list[float]] = {}
+    for line in (RESULTS / "inner_signal.txt").read_text(encoding="utf-8").splitlines():
+        match line.split():
+            case ["$", *_, family, "--policy.nonlinearity", nonlinearity]:
+                where = (family, nonlinearity)
+            case [seed, discount, gae_lambda, _, _, share] if seed.isdecimal():
+                found = shares.setdefault((*where, discount, gae_lambda), [])
+                found.append(float(share.rstrip("%")))
+    columns = list(dict.fromkeys(key[2:] for key in shares))
+    rows = [
+        [
+            *where,
+            *(
+                f"{min(shares[(*where, *c)]):.0f} to {max(shares[(*where, *c)]):.0f} %"
+                for c in columns
+            ),
+        ]
+        for where in dict.fromkeys(key[:2] for key in shares)
+    ]
+    return table(["family", "nonlinearity", *(f"{d}, {g}" for d, g in columns)], rows)
+
+
 CURVES = {
     "sinusoid-seed0": "maml, seed 0",
     "sinusoid-seed1": "maml, seed 1",
@@ -272,12 +339,14 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "half_cheetah_dir relu": lambda: one_run(
         "half_cheetah_dir_variants/relu_likelihood_ratio_from_100"
     ),
+    "inner signal": inner_signal,
     "shipped": shipped,
     "training": training,
     "sinusoid": sinusoid,
     "drawn_characters": characters,
     "drawn_characters variants": variants,
     "supervised training": supervised_training,
+    **{f"tried {name}": partial(tried, name) for name in TRIED},
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
 
