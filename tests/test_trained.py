@@ -76,7 +76,7 @@ def test_a_module_as_the_mean_trains_as_the_mlp_does_at_any_number_of_threads() 
     )
     mlp = maml_rl.new_policy(experiment)
     layers = [nn.Linear(20, 8), nn.Linear(8, 5), nn.Linear(5, 6)]
-    module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    module = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
     with torch.no_grad():
         for number, layer in enumerate(layers):
             layer.weight.copy_(mlp.params[f"mean.{number}.weight"].T)
