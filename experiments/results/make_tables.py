@@ -189,7 +189,17 @@ TRIED: Mapping[str, Mapping[str, str]] = {
             "relu; log-prob to iteration 100, then likelihood-ratio"
         ),
         "half_cheetah_dir_variants/tanh_log_prob": "tanh, log-prob",
-        "../checkpoints/half_cheetah_dir": "tanh, likelihood-ratio",
+        "unfinished/half_cheetah_dir-seed0": "tanh, likelihood-ratio",
+    },
+    "half_cheetah_vel": {
+        "benchmark_half_cheetah_vel/maml-seed0": "relu, log-prob",
+        "unfinished/half_cheetah_vel-seed0": "tanh, likelihood-ratio, lambda .9",
+    },
+    "ant_dir": {
+        "ant_dir_variants/alpha2_gamma95": "step size .2, discount .95, lambda 1",
+        "ant_dir_variants/alpha3_gamma95_lambda9": "step size .3, discount .95, lambda .9",
+        "unfinished/ant_dir-seed0": "the same, from iteration 49 on discount .99, lambda .95",
+        "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
     },
     "half_cheetah_dir from 600": {
         "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
