@@ -198,7 +198,9 @@ TRIED: Mapping[str, Mapping[str, str]] = {
     "ant_dir": {
         "ant_dir_variants/alpha2_gamma95": "step size .2, discount .95, lambda 1",
         "ant_dir_variants/alpha3_gamma95_lambda9": "step size .3, discount .95, lambda .9",
-        "unfinished/ant_dir-seed0": "the same, from iteration 49 on discount .99, lambda .95",
+        "unfinished/ant_dir-seed0": (
+            "the same, from 49 on discount .99, lambda .95, from 82 on lambda .98"
+        ),
         "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
     },
     "half_cheetah_dir from 600": {
