@@ -178,11 +178,10 @@ def shipped() -> str:
     return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
 
 
-LOG_PROB = "benchmark_half_cheetah_dir/maml-seed0"
 TRIED: Mapping[str, Mapping[str, str]] = {
     "half_cheetah_dir": {
         "half_cheetah_dir_variants/relu_log_prob": "relu, log-prob, directions drawn one by one",
-        LOG_PROB: "relu, log-prob",
+        "benchmark_half_cheetah_dir/maml-seed0": "relu, log-prob",
         "half_cheetah_dir_variants/relu_likelihood_ratio": "relu, likelihood-ratio",
         "half_cheetah_dir_variants/relu_gamma95": "relu, likelihood-ratio, discount .95",
         "half_cheetah_dir_variants/relu_likelihood_ratio_from_100": (
