@@ -34,7 +34,7 @@ from tests.tiny import SETTINGS
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 KEPT = sorted(
-    p.relative_to(RESULTS).parts[0]
+    str((p.parent.parent if p.parent.name == "evaluation" else p.parent).relative_to(RESULTS))
     for p in RESULTS.rglob("evaluation.csv")
     if p.read_text().startswith("family,")
 )
