@@ -1,7 +1,8 @@
 """Checkpoints: whole, or refused. Nothing in one is ever run as code.
 
 CHECKPOINT/parameters.safetensors   theta
-           optimizer.safetensors    what the outer optimiser remembers, if it does: Adam's moments
+           optimizer.safetensors    what the outer optimiser remembers, if it does: Adam's moments,
+                                    the gradient that momentum carries on
            state.json               counters; with the seed in the config all randomness follows
            config.yaml              the resolved experiment
            manifest.json            format, size and sha256 of each file, order of the parameters,
@@ -279,7 +280,7 @@ class Checkpoints:
         state: State,
         origin: Origin,
         *,
-        best: tuple[Params, State] | None = None,
+        best: tuple[Params, State, Params] | None = None,
         optimizer: Params | None = None,
     ) -> None:
         """Save a checkpoint as `latest`, and what was `latest` as `previous`.
@@ -291,9 +292,8 @@ class Checkpoints:
             theta: parameters after `state.iteration` iterations.
             state: all else.
             origin: what it is made for and with.
-            best: what to save as `best`, if the best batch so far is new.
-            optimizer: what the outer optimiser remembers at theta, and at the best, which is theta
-                itself where there is such an optimiser.
+            best: theta, counters and optimizer to save as `best`, if the best batch so far is new.
+            optimizer: what the outer optimiser remembers at theta.
 
         Raises:
             OSError: if it cannot be written; the old ones are kept.
@@ -302,7 +302,8 @@ class Checkpoints:
         for name in KINDS:
             self._settle(name)
         if best is not None:
-            write_checkpoint(self._hidden("best"), *best, origin, optimizer)
+            best_theta, best_state, best_optimizer = best
+            write_checkpoint(self._hidden("best"), best_theta, best_state, origin, best_optimizer)
             self._replace("best", keep_as=None)
         write_checkpoint(self._hidden("latest"), theta, state, origin, optimizer)
         self._replace("latest", keep_as="previous")

@@ -41,8 +41,8 @@ class Trainer(Protocol):
         """What the outer optimiser remembers; nothing where it forgets."""
 
     @property
-    def best(self) -> tuple[Params, State] | None:
-        """What to save as `best`, if the last step has found it."""
+    def best(self) -> tuple[Params, State, Params] | None:
+        """What to save as `best`, if the last step has found it: theta, counters, optimizer."""
 
     @property
     def total(self) -> int:

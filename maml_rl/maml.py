@@ -436,10 +436,12 @@ def meta_iteration(
     trust_region: TrustRegionSettings,
     chunks: Chunks,
     clock: Callable[[], float],
+    earlier: Tensor | None = None,
 ) -> tuple[Params, MetaReport]:
     """Return theta after one iteration of Algorithm 3 over `tasks` tasks, and what happened.
 
-    A refused step returns the very same theta.
+    A refused step returns the very same theta. `earlier` is what the outer step before followed,
+    (d,), for momentum; see `trust_region_step`.
     """
     inner = adaptation.inner_step(policy)
     adapted = sample_and_adapt(
@@ -454,14 +456,17 @@ def meta_iteration(
     )
     if len(adapted.episodes) <= adaptation.inner_steps:
         return theta, MetaReport.of(adapted, not_finite())
-    updated, report = outer_step(theta, adapted.objective(inner, chunks), trust_region)
+    updated, report = outer_step(theta, adapted.objective(inner, chunks), trust_region, earlier)
     return updated, MetaReport.of(adapted, report)
 
 
 def outer_step(
-    theta: Params, objective: Objective, settings: TrustRegionSettings
+    theta: Params,
+    objective: Objective,
+    settings: TrustRegionSettings,
+    earlier: Tensor | None = None,
 ) -> tuple[Params, Report]:
     """Step theta within the trust region; a refused step returns the very same theta."""
     old = flatten(theta)
-    new, report = trust_region_step(objective, old, settings)
+    new, report = trust_region_step(objective, old, settings, earlier)
     return (theta if new is old else unflatten(new, theta)), report

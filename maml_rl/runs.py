@@ -301,7 +301,7 @@ class RunFolder:
         theta: Params,
         state: State,
         *,
-        best: tuple[Params, State] | None,
+        best: tuple[Params, State, Params] | None,
         optimizer: Params | None = None,
     ) -> None:
         """Save a checkpoint as `latest`, keeping the one before.
@@ -309,7 +309,8 @@ class RunFolder:
         Args:
             theta: parameters after `state.iteration` iterations.
             state: all else.
-            best: what sampled the best batch so far, to save as `best`, if it is new.
+            best: theta, counters and optimizer that the best batch so far was of, to save as
+                `best`, if it is new.
             optimizer: what the outer optimiser remembers.
 
         Raises:

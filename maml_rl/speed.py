@@ -135,7 +135,7 @@ class Bench:
         """Return seconds to record an iteration in a run folder, with a new best checkpoint too."""
         trainer = self.trainer
         row = trainer.step()
-        trainer.best = (trainer.theta, trainer.state)
+        trainer.best = (trainer.theta, trainer.state, trainer.optimizer)
         run = RunFolder.create(folder, origin_of(trainer.experiment), trainer.theta)
         with run:
             record(run, trainer, row)  # begins files and imports TensorBoard

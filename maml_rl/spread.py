@@ -259,7 +259,9 @@ class SpreadEngine:
         self._unit = unit
         self.chunk_size = chunk
 
-    def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self, theta: Params, iteration: int, earlier: Tensor | None = None
+    ) -> tuple[Params, MetaReport]:
         """Return theta after one meta-iteration, and what happened; see `meta_iteration`.
 
         Raises:
@@ -295,7 +297,7 @@ class SpreadEngine:
         batch.build(int(joined[-1].live_steps.sum()))
         # Sums of several threads could come to other bits.
         with torch_threads(1):
-            updated, step = outer_step(theta, batch, self._experiment.trust_region)
+            updated, step = outer_step(theta, batch, self._experiment.trust_region, earlier)
         return updated, MetaReport(joined, step, seconds)
 
     def message_seconds(self, vectors: int, parameters: int, times: int = 20) -> float:

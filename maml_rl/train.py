@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from envs.family import TaskFamily
-from maml_rl.adapt import Params
-from maml_rl.checkpoints import FRESH, State
+from maml_rl.adapt import Params, flatten
+from maml_rl.checkpoints import FRESH, Checkpoint, State
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.config import Experiment, origin_of
 from maml_rl.devices import Device, Physics, reproducible
-from maml_rl.errors import RunStopped, RunWarning
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.loop import Watcher, run_iterations, state_to_go_on
 from maml_rl.maml import (
     INNER_STEP_NOT_FINITE,
@@ -58,6 +58,8 @@ ADVICE: Mapping[str, str] = {
     "(now {episodes}), or a smaller trust_region.max_kl (now {max_kl:g})",
 }
 """What to try where updates are refused, by the reason."""
+GRADIENT = "gradient"
+"""In a checkpoint, what the last outer step followed."""
 
 
 class Engine(Protocol):
@@ -71,7 +73,9 @@ class Engine(Protocol):
     def chunk_size(self) -> int:
         """Tasks that go through the update together."""
 
-    def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self, theta: Params, iteration: int, earlier: Tensor | None = None
+    ) -> tuple[Params, MetaReport]:
         """Return theta after one meta-iteration, and what happened; see `meta_iteration`.
 
         Raises:
@@ -112,7 +116,9 @@ class Local:
         """Tasks that go through the update together."""
         return self.chunks.size
 
-    def iterate(self, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self, theta: Params, iteration: int, earlier: Tensor | None = None
+    ) -> tuple[Params, MetaReport]:
         """Do one meta-iteration."""
         experiment, M = self.experiment, self.experiment.sampling.tasks
         # Tasks share the threads among them; torch's own would only get in their way.
@@ -127,6 +133,7 @@ class Local:
                 trust_region=experiment.trust_region,
                 chunks=self.chunks,
                 clock=time.perf_counter,
+                earlier=earlier,
             )
 
     def take_less(self, iteration: int) -> int:
@@ -189,7 +196,9 @@ class Trainer:
     theta: Params
     state: State
     engine: Engine
-    best: tuple[Params, State] | None = None
+    earlier: Tensor | None = None
+    """What the last outer step followed, (d,); None before the first."""
+    best: tuple[Params, State, Params] | None = None
     """What the last iteration began with, if it sampled the best batch so far."""
 
     @classmethod
@@ -200,13 +209,16 @@ class Trainer:
         theta: Params,
         state: State,
         make_engine: MakeEngine = local,
+        earlier: Tensor | None = None,
     ) -> Trainer:
         """Make what an experiment's iterations are done with."""
         engine = make_engine(experiment, policy, state.chunk_size)
         if engine.device != "cpu":
             # What is free may be another amount when the run goes on, and chunks decide last bits.
             state = replace(state, chunk_size=engine.chunk_size)
-        return cls(experiment, policy, to_device(theta, engine.device), state, engine)
+        if earlier is not None:
+            earlier = earlier.to(engine.device)
+        return cls(experiment, policy, to_device(theta, engine.device), state, engine, earlier)
 
     def step(self) -> Row:
         """Do one meta-iteration and return its metrics.
@@ -225,14 +237,16 @@ class Trainer:
         experiment, before = self.experiment, self.state
         iteration = before.iteration
         began = time.perf_counter()
-        updated, report = self.engine.iterate(self.theta, iteration)
+        updated, report = self.engine.iterate(self.theta, iteration, self.earlier)
         row = self._metrics(report, time.perf_counter() - began)
         adapted = float(row[f"return_{experiment.adaptation.inner_steps}"])
         better = adapted > before.best_return
         now = replace(before, best_return=adapted, best_iteration=iteration) if better else before
         # Resumed from there, this iteration is done again and the run goes on as it did.
-        self.best = (self.theta, now) if better else None
+        self.best = (self.theta, now, self.optimizer) if better else None
         self.theta = updated
+        if report.step.followed is not None:
+            self.earlier = report.step.followed
         self.state = replace(
             now,
             iteration=iteration + 1,
@@ -291,18 +305,22 @@ class Trainer:
 
     @property
     def optimizer(self) -> Params:
-        """A trust region remembers nothing."""
-        return {}
+        """What momentum carries on to the next step; nothing without it."""
+        if not self.experiment.trust_region.momentum or self.earlier is None:
+            return {}
+        return {GRADIENT: self.earlier}
 
     def advice(self, row: Row) -> str:
         """Return what to try where updates are refused."""
-        experiment = self.experiment
-        return ADVICE[str(row["refused_because"])].format(
+        experiment, reason = self.experiment, str(row["refused_because"])
+        momentum = experiment.trust_region.momentum
+        fading = f", or a smaller trust_region.momentum (now {momentum:g})"
+        return ADVICE[reason].format(
             alpha=experiment.adaptation.step_size,
             tasks=experiment.sampling.tasks,
             episodes=experiment.sampling.episodes,
             **asdict(experiment.trust_region),
-        )
+        ) + (fading if momentum and reason == Refusal.DID_NOT_FALL else "")
 
     def close(self) -> None:
         """Release worlds and threads, or workers."""
@@ -373,7 +391,13 @@ def meta_train(
         folder = (
             None
             if out is None
-            else RunFolder.create(Path(out), origin_of(experiment), theta, init=begun_from)
+            else RunFolder.create(
+                Path(out),
+                origin_of(experiment),
+                theta,
+                init=begun_from,
+                remembered=1 if experiment.trust_region.momentum else 0,
+            )
         )
     except BaseException:
         trainer.close()
@@ -422,7 +446,10 @@ def resume(
             state = replace(state, chunk_size=0)
         if iterations is not None:
             policy = replace(policy, experiment=replace(experiment, iterations=iterations))
-        trainer = Trainer.build(policy.experiment, policy.policy, policy.params, state, engine)
+        earlier = remembered(found, policy.experiment)
+        trainer = Trainer.build(
+            policy.experiment, policy.policy, policy.params, state, engine, earlier
+        )
         try:
             folder.go_on_from(found, origin_of(policy.experiment))
         except BaseException:
@@ -432,6 +459,24 @@ def resume(
         folder.close()
         raise
     return _finish(policy, trainer, folder, watch)
+
+
+def remembered(found: Checkpoint, experiment: Experiment[TaskFamily]) -> Tensor | None:
+    """Return what momentum carries on from a checkpoint, (d,), None where there is none.
+
+    Raises:
+        InputError: if what is there is not of its parameters.
+    """
+    if not experiment.trust_region.momentum or not found.optimizer:
+        return None
+    size = flatten(found.theta).shape
+    gradient = found.optimizer.get(GRADIENT)
+    if gradient is None or gradient.shape != size or not bool(torch.isfinite(gradient).all()):
+        raise InputError(
+            f"checkpoint {found.path} holds no gradient of its {size.numel()} parameters for "
+            "trust_region.momentum to carry on"
+        )
+    return gradient
 
 
 def _finish(

@@ -1,14 +1,16 @@
 """A trust-region step: conjugate gradient, step length, line search. Knows no RL.
 
 Schulman et al. 2015 (arXiv:1502.05477), appendix C. Minimises a surrogate within a bound on a
-divergence whose Hessian at the present point is given by products with vectors.
+divergence whose Hessian at the present point is given by products with vectors. With
+momentum the step follows what Polyak's heavy ball (1964) would, the sum of this gradient and of
+earlier ones that fade, and only then is the divergence's metric applied to it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -30,6 +32,9 @@ class TrustRegionSettings:
     """Step lengths that the line search tries."""
     backtrack_ratio: float = 0.8
     """Each step length over the one before."""
+    momentum: float = 0.0
+    """Share of the gradient that the step before followed which is added to this one; 0 is the
+    paper's. With most of a batch's gradient being noise, .9 averages ten batches or so."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -46,6 +51,10 @@ class TrustRegionSettings:
         if not 0 < self.backtrack_ratio < 1:
             raise ValueError(
                 f"trust_region.backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}"
+            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"trust_region.momentum must be at least 0 and below 1, got {self.momentum}"
             )
         for name, most in (
             ("max_kl", 1e6),
@@ -100,6 +109,8 @@ class Report:
     """Step lengths tried and turned down."""
     cg_residual: float
     """|b - A x| / |b| after the last iteration."""
+    followed: Tensor | None = field(default=None, compare=False, repr=False)
+    """(d,): the gradient, with what momentum adds of earlier ones; None if it was not finite."""
 
     @property
     def accepted(self) -> bool:
@@ -143,21 +154,33 @@ def conjugate_gradient(
 
 
 def trust_region_step(
-    objective: Objective, theta: Tensor, settings: TrustRegionSettings
+    objective: Objective,
+    theta: Tensor,
+    settings: TrustRegionSettings,
+    earlier: Tensor | None = None,
 ) -> tuple[Tensor, Report]:
     """Step from theta (d,) along the natural gradient as far as the divergence allows.
 
     Accepts only a point where the surrogate falls and the divergence is at most `max_kl`.
     Otherwise the very same theta comes back, and the report says why.
+
+    Args:
+        objective: what falls.
+        theta: where, (d,).
+        settings: how.
+        earlier: what the step before followed, (d,), if momentum is to carry it on.
     """
     before, _ = objective.evaluate(theta)
+    followed = objective.gradient()
+    if settings.momentum and earlier is not None:
+        followed = followed + settings.momentum * earlier
+    gradient = followed.double()
+    if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
+        return theta, Report(before, before, 0.0, Refusal.LOSS_NOT_FINITE, 0, math.nan)
 
     def refused(reason: Refusal, backtracks: int = 0, residual: float = math.nan) -> Report:
-        return Report(before, before, 0.0, reason, backtracks, residual)
+        return Report(before, before, 0.0, reason, backtracks, residual, followed)
 
-    gradient = objective.gradient().double()
-    if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
-        return theta, refused(Refusal.LOSS_NOT_FINITE)
     norm = float(gradient.norm())
     if norm == 0.0:
         return theta, refused(Refusal.GRADIENT_ZERO)
@@ -180,7 +203,7 @@ def trust_region_step(
         candidate = theta + (settings.backtrack_ratio**tried * full).to(theta.dtype)
         surrogate, kl = objective.evaluate(candidate)
         if surrogate < before and kl <= settings.max_kl:
-            return candidate, Report(before, surrogate, kl, "", tried, residual)
+            return candidate, Report(before, surrogate, kl, "", tried, residual, followed)
     reason = Refusal.KL_TOO_LARGE if surrogate < before else Refusal.DID_NOT_FALL
     if not (math.isfinite(surrogate) and math.isfinite(kl)):
         reason = Refusal.CANDIDATE_NOT_FINITE

@@ -60,7 +60,7 @@ def saved(folder: Path, count: int) -> Checkpoints:
     folder.mkdir(exist_ok=True)
     made = Checkpoints(folder / "checkpoints")
     for number in range(count):
-        made.save(theta(number), state(number), ORIGIN, best=(theta(90), state(90)))
+        made.save(theta(number), state(number), ORIGIN, best=(theta(90), state(90), {}))
     return made
 
 
@@ -334,9 +334,9 @@ SAVE_UNTIL_KILLED = """
 
     warnings.simplefilter("ignore")
     made = Checkpoints(Path(sys.argv[1]) / "checkpoints")
-    made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0)))
+    made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0), {}))
     began = time.perf_counter()
-    made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0)))
+    made.save(theta(0), state(0), ORIGIN, best=(theta(0), state(0), {}))
     save = time.perf_counter() - began
     rng, unloadable, went_back, newest = random.Random(int(sys.argv[2])), 0, 0, 0
     for _ in range(int(sys.argv[3])):
@@ -344,7 +344,8 @@ SAVE_UNTIL_KILLED = """
         child = os.fork()
         if child == 0:
             for n in range(begin + 1, begin + 10_000):
-                made.save(theta(n), state(n), ORIGIN, best=(theta(n), state(n)) if n % 2 else None)
+                best = (theta(n), state(n), {}) if n % 2 else None
+                made.save(theta(n), state(n), ORIGIN, best=best)
                 os.write(said[1], n.to_bytes(8, "little"))
         time.sleep(rng.uniform(0.2, 4.0) * save)
         os.kill(child, signal.SIGKILL)
@@ -431,7 +432,7 @@ def test_every_step_of_a_save_may_be_the_last(
         made = saved(tmp_path / str(trial), 3)
         calls, last = 0, trial
         try:
-            made.save(theta(3), state(3), ORIGIN, best=(theta(3), state(3)))
+            made.save(theta(3), state(3), ORIGIN, best=(theta(3), state(3), {}))
             stopped = calls >= trial
         except KilledError:
             pass
@@ -441,7 +442,7 @@ def test_every_step_of_a_save_may_be_the_last(
         # Stopped once more, just after the next save has begun to reuse the hidden names.
         calls, last = 0, 3
         with pytest.raises(KilledError):
-            made.save(theta(3), state(3), ORIGIN, best=(theta(3), state(3)))
+            made.save(theta(3), state(3), ORIGIN, best=(theta(3), state(3), {}))
         assert made.load("best").state.iteration in (90, 3)
         assert read_checkpoint(made.find("latest")).state.iteration in (2, 3)
         # And the next save, after a crash, leaves all in order.

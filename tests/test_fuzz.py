@@ -80,6 +80,7 @@ RANGES = {
     "trust_region.damping": Range(0.0, 1e6),
     "trust_region.backtracks": Range(1, 10**4),
     "trust_region.backtrack_ratio": Range(0.0, 1.0, open=True),
+    "trust_region.momentum": Range(0.0, math.nextafter(1.0, 0.0)),
     "evaluation.tasks": Range(1, 10**5),
     "evaluation.episodes": Range(1, 10**5),
     "evaluation.steps": Range(0, 1000),

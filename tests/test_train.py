@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -13,14 +14,15 @@ import torch
 from torch import nn
 
 import maml_rl
-from maml_rl.adapt import Params
+from maml_rl.adapt import Params, flatten
 from maml_rl.assess import evaluate_policy
-from maml_rl.checkpoints import State
+from maml_rl.checkpoints import FRESH, State, read_checkpoint, write_checkpoint
 from maml_rl.config import load_experiment
-from maml_rl.errors import InputError, RunStopped
+from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.maml import chunk_size
 from maml_rl.runs import Row, RunFolder
-from maml_rl.train import meta_train, resume
+from maml_rl.train import Trainer, meta_train, resume
+from maml_rl.trust_region import Refusal
 from tests.conftest import rows
 from tests.tiny import SETTINGS
 
@@ -112,7 +114,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
         theta: Params,
         state: State,
         *,
-        best: tuple[Params, State] | None,
+        best: tuple[Params, State, Params] | None,
         optimizer: Params | None = None,
     ) -> None:
         if state.iteration == 2:
@@ -145,6 +147,57 @@ def test_a_resumed_run_equals_one_never_interrupted(tmp_path: Path) -> None:
     assert same(whole.params, parts.params)
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     assert load_experiment(tmp_path / "parts" / "config.yaml").iterations == 3
+
+
+HEAVY = {**SETTINGS, "trust_region__momentum": 0.9, "iterations": 4}
+
+
+def test_momentum_is_carried_on_by_a_resumed_run(tmp_path: Path) -> None:
+    """From the newest checkpoint and from the best alike: the bits of a run never interrupted."""
+    experiment = load_experiment("navigation", **HEAVY)
+    whole = meta_train(experiment, out=tmp_path / "whole")
+    assert not same(whole.params, meta_train(load_experiment("navigation", **SETTINGS)).params)
+    meta_train(replace(experiment, iterations=2), out=tmp_path / "parts")
+    assert same(whole.params, resume(tmp_path / "parts", iterations=4).params)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    best = read_checkpoint(checkpoints / "best").state.best_iteration
+    assert 0 < best < 3, "the seed's best batch has to lie where something is carried on"
+    shutil.rmtree(checkpoints / "latest")
+    shutil.rmtree(checkpoints / "previous")
+    with pytest.warns(RunWarning, match="'best'"):
+        again = resume(tmp_path / "whole")
+    assert same(whole.params, again.params)
+
+
+def test_a_gradient_of_other_parameters_is_not_carried_on(tmp_path: Path) -> None:
+    """Nor one that is not finite, nor what another optimiser remembers."""
+    experiment = load_experiment("navigation", **{**HEAVY, "iterations": 1})
+    size = flatten(meta_train(experiment, out=tmp_path / "run").params).numel()
+    found = RunFolder.open(tmp_path / "run").load()
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    for wrong in (
+        {"gradient": torch.zeros(size + 1)},
+        {"gradient": torch.full((size,), torch.nan)},
+        {"moment": torch.zeros(size)},
+    ):
+        write_checkpoint(latest, found.theta, found.state, found.origin, wrong)
+        with pytest.raises(InputError, match=f"no gradient of its {size} parameters"):
+            resume(tmp_path / "run", iterations=2)
+    write_checkpoint(latest, found.theta, found.state, found.origin, {})
+    resume(tmp_path / "run", iterations=2)
+
+
+def test_where_momentum_may_be_why_the_surrogate_rises_it_is_named(tmp_path: Path) -> None:
+    """And only there: a run without momentum has none to lower."""
+    for momentum, named in ((0.9, True), (0.0, False)):
+        experiment = load_experiment("navigation", **{**HEAVY, "trust_region__momentum": momentum})
+        policy = maml_rl.new_policy(experiment)
+        trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
+        advice = trainer.advice({"refused_because": str(Refusal.DID_NOT_FALL)})
+        assert ("trust_region.momentum (now 0.9)" in advice) == named
+        assert "momentum" not in trainer.advice({"refused_because": str(Refusal.KL_TOO_LARGE)})
+        trainer.close()
 
 
 def test_a_run_starts_from_another_ones_parameters(tmp_path: Path) -> None:

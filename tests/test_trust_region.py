@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -182,6 +182,43 @@ def test_damping_is_added_to_the_curvature() -> None:
     assert report.kl < 0.01
 
 
+def test_momentum_adds_to_the_gradient_what_was_followed_before() -> None:
+    """theta - sqrt(2 max_kl / m'H^-1 m) H^-1 m with m = g + .9 e; with none e is not read."""
+    objective, earlier = quadratic(), 2.0 * draw(D, seed=6)
+    heavy = replace(EXACT, momentum=0.9)
+    theta, report = trust_region_step(objective, objective.theta, heavy, earlier)
+    followed = objective.slope + 0.9 * earlier
+    natural = torch.linalg.solve(objective.hessian, followed)
+    length = math.sqrt(2 * 0.01 / float(followed @ natural))
+    assert report.accepted
+    assert report.followed is not None
+    torch.testing.assert_close(report.followed, followed, rtol=0, atol=0)
+    torch.testing.assert_close(theta, objective.theta - length * natural, rtol=1e-7, atol=1e-9)
+    # The accepted point is judged by the surrogate itself.
+    fall = length * float(objective.slope @ natural)
+    assert math.isclose(report.surrogate_after, 3.0 - fall, rel_tol=1e-7)
+    first, _ = trust_region_step(objective, objective.theta, heavy)
+    plain, report = trust_region_step(objective, objective.theta, EXACT, earlier)
+    assert torch.equal(first, plain)
+    assert report.followed is not None
+    assert torch.equal(report.followed, objective.slope)
+
+
+def test_momentum_against_the_gradient_is_refused_and_fades() -> None:
+    """What was followed points away from where the surrogate falls: theta stays, m' = g + .5 m,
+    and as soon as that is on the gradient's side the step is taken."""
+    objective = quadratic()
+    heavy = replace(EXACT, momentum=0.5)
+    followed, expected = -5.0 * objective.slope, [-1.5, 0.25]
+    for share in expected:
+        theta, report = trust_region_step(objective, objective.theta, heavy, followed)
+        assert report.followed is not None
+        followed = report.followed
+        torch.testing.assert_close(followed, share * objective.slope)
+        assert (theta is objective.theta) == (share < 0)
+        assert report.refused_because == (Refusal.DID_NOT_FALL if share < 0 else "")
+
+
 def test_the_residual_is_that_of_the_last_iteration() -> None:
     """|b - A x| / |b| after one iteration: x = (g'g / g'Ag) g."""
     objective = quadratic()
@@ -276,7 +313,8 @@ def test_a_gradient_that_is_not_finite_is_refused(bad: float) -> None:
         def gradient(self) -> Tensor:
             return slope
 
-    check_refused(Broken(**vars(quadratic())), "surrogate or gradient not finite")
+    report = check_refused(Broken(**vars(quadratic())), "surrogate or gradient not finite")
+    assert report.followed is None
 
 
 @pytest.mark.parametrize(

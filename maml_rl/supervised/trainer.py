@@ -115,7 +115,7 @@ class SupervisedTrainer:
     chunks: Chunks
     validation: Batch | None
     """Validation tasks, always the same; None where there are no classes for any."""
-    best: tuple[Params, State] | None = None
+    best: tuple[Params, State, Params] | None = None
 
     def __post_init__(self) -> None:
         """Have nothing recorded yet."""
@@ -282,7 +282,7 @@ class SupervisedTrainer:
         if better:
             now = replace(now, best_return=score, best_iteration=iteration - 1)
         self.state = now
-        self.best = (self.theta, now) if better else None
+        self.best = (self.theta, now, self.optimizer) if better else None
 
     def _halve_chunks(self) -> None:
         """Let fewer tasks go through together.
