@@ -196,10 +196,12 @@ def evaluate_command(words: Sequence[str], console: Console) -> None:
     with Importing(options.allow_import), workplace_for(options.cluster) as place:
         subjects = load_subjects(options.run, options.checkpoint, options.device, options.physics)
         first = subjects[0].trained.experiment
-        given = {"steps": options.steps, "episodes": options.episodes}
+        own = first.evaluation
         try:
             settings = replace(
-                first.evaluation, **{k: v for k, v in given.items() if v is not None}
+                own,
+                steps=own.steps if options.steps is None else options.steps,
+                episodes=own.episodes if options.episodes is None else options.episodes,
             )
         except ValueError as error:
             raise InputError(str(error)) from error

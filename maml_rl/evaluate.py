@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,10 @@ class EvaluationSettings:
     tasks: int = 40
     """Test tasks. A family with finitely many uses each equally often."""
     episodes: int = 20
-    """Episodes for every figure and every update."""
+    """K: episodes for every figure and every update."""
+    count: Literal["episodes", "steps"] = "episodes"
+    """`episodes`: K episodes. `steps`: whole episodes until a task holds K H live steps, as the
+    paper did; see `SamplingSettings`."""
     steps: int = 3
     """Gradient steps to each task."""
     later_step_scale: float = 0.5
@@ -89,7 +92,7 @@ class Evaluation:
     measures: npt.NDArray[np.float64]
     """(n + 1, T, Q): the family's measures the wanted way, mean over live steps."""
     episodes: int
-    """Episodes behind every return."""
+    """K: episodes behind every return, or more where they are counted in steps."""
 
     def groups(self, family: TaskFamily) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
         """Yield each task of a finite family in words, with the mask (T,) of its repetitions."""
@@ -205,6 +208,7 @@ def evaluate(
                 policy,
                 tasks=at_once(tasks_at_once, len(chosen), settings.episodes),
                 episodes=settings.episodes,
+                count=settings.count,
                 action_scale=action_scale,
                 threads=threads,
                 device=device,

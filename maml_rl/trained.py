@@ -109,6 +109,7 @@ class TrainedPolicy:
                 self.policy,
                 tasks=1,
                 episodes=settings.episodes if episodes is None else episodes,
+                count=settings.count,
                 action_scale=experiment.policy.action_scale,
                 threads=experiment.threads,
                 device=params[LOG_STD].device.type,
@@ -341,8 +342,8 @@ def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
     return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
 
 
-NO_MATTER = re.compile(r"iterations|threads|device|physics|warp\..*")
-"""Settings that a run may be resumed with others of."""
+NO_MATTER = re.compile(r"iterations|threads|device|physics|warp\..*|evaluation\..*")
+"""Settings that a run may be resumed with others of, or that training does not read."""
 
 
 def differing(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from envs.navigation import Navigation2D
 from maml_rl.adapt import Params, broadcast
 from maml_rl.advantages import AdvantageSettings, estimate_advantages
 from maml_rl.chunks import Chunks
-from maml_rl.episodes import pack
+from maml_rl.episodes import Episodes, pack
 from maml_rl.evaluate import (
     Evaluation,
     EvaluationSettings,
@@ -52,6 +54,7 @@ def run(
     action_scale: float = 1.0,
     threads: int = 1,
     tasks: TaskSet | None = None,
+    see: Callable[[Params, Episodes], object] = lambda _, __: None,
 ) -> Evaluation:
     policy, theta = policy_of(family)
     return evaluate(
@@ -64,6 +67,7 @@ def run(
         action_scale=action_scale,
         threads=threads,
         tasks=tasks,
+        see=see,
     )
 
 
@@ -164,6 +168,32 @@ def test_episodes_are_of_the_test_stream_and_figures_are_theirs() -> None:
         assert math.isclose(result.return_sds[0, task], np.std(returns), rel_tol=1e-4)
         distance = episodes.measures[task][episodes.alive[task]].mean()
         assert math.isclose(result.measures[0, task, 0], float(distance), rel_tol=1e-5)
+
+
+def test_counted_in_steps_a_task_has_whole_episodes_until_its_steps_are_full() -> None:
+    """K episodes of a point that arrives are short; counted in steps, as the paper did, figures and
+    updates have K H live steps of every task, and the first K episodes are the same."""
+    family = Navigation2D(horizon=30, goal_radius=0.25)
+    first: list[Episodes] = []
+    second: list[Episodes] = []
+    by_episodes = run(family, see=lambda _, episodes: first.append(episodes))
+    by_steps = run(
+        family,
+        settings=replace(SETTINGS, count="steps"),
+        see=lambda _, episodes: second.append(episodes),
+    )
+    for few, many in zip(first, second, strict=True):
+        assert few.alive.shape[1] == 3
+        assert bool((few.live_steps < 3 * 30).any())
+        assert bool((many.live_steps >= 3 * 30).all())
+    assert torch.equal(first[0].rewards, second[0].rewards[:, :3])
+    assert by_steps.episodes == by_episodes.episodes == 3
+    policy, theta = policy_of(family)
+    with Sampler(family, policy, tasks=4, episodes=3, count="steps") as sampler:
+        seeds = task_seeds(TEST, TEST_SEED, 0, 0, 4)
+        alike = sampler.sample(broadcast(theta, 4), torch.from_numpy(by_steps.tasks), seeds)
+    assert np.array_equal(by_steps.returns[0], alike.mean_returns().double().numpy())
+    assert not np.array_equal(by_steps.returns[1], by_episodes.returns[1])
 
 
 def test_a_tasks_numbers_do_not_depend_on_the_other_tasks() -> None:
