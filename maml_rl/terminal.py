@@ -316,8 +316,9 @@ def evaluation_notes(compared: Comparison, family: TaskFamily) -> list[str]:
         "Return: sum of an episode's rewards, mean over tasks, with its 95 % bootstrap interval.",
         "IQM: mean of the middle half. Spread: standard deviation over tasks. Worse: share of "
         "tasks that adapting made worse.",
-        f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes, "
-        "which are all that the step learns from.",
+        f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes "
+        "(where evaluation.count is steps, more if they end early), which are all that the step "
+        "learns from.",
     ]
     if any(len(one.seeds) > 1 for one in scores):
         notes.append(

@@ -47,7 +47,8 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     "lambda": lambda e: f"{e.advantages.gae_lambda:g}",
     "largest KL of an update": lambda e: f"{e.trust_region.max_kl:g}",
     "test of its own": lambda e: (
-        f"{e.evaluation.tasks} tasks, {e.evaluation.episodes} episodes an update, "
+        f"{e.evaluation.tasks} tasks, {e.evaluation.episodes} episodes an update"
+        f"{' or their steps' if e.evaluation.count == 'steps' else ''}, "
         f"{e.evaluation.steps} gradient steps"
     ),
 }
