@@ -8,6 +8,7 @@ the number of threads.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,17 @@ def estimate_in_chunks(
     return advantages, torch.cat(explained)
 
 
+def metric_tasks(tasks: int, chunk: int, share: float) -> Tensor:
+    """Return which tasks of a batch the metric is estimated from, (tasks,) bool.
+
+    Whole chunks, evenly spaced, at least one, and together no fewer than that share of them.
+    """
+    size = chunk or tasks
+    counts = [math.ceil(share * number - 1e-9) for number in range(math.ceil(tasks / size) + 1)]
+    chosen = [after > before for before, after in itertools.pairwise(counts)]
+    return torch.tensor(chosen).repeat_interleave(size)[:tasks]
+
+
 class MetaObjective:
     """Algorithm 3's outer objective around theta, for the trust region.
 
@@ -167,6 +179,8 @@ class MetaObjective:
         linearise: Linearise = linearise,
         pool: int | None = None,
         keep: bool | None = None,
+        chosen: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
         """Set up around one theta.
 
@@ -182,6 +196,9 @@ class MetaObjective:
             keep: whether the linearisations of all chunks are kept, or made again for each product;
                 by default they are not on a GPU where there are several, since it is short of
                 memory.
+            chosen: which tasks the metric is estimated from, (M,) bool, by default all; cheaper by
+                whole chunks. See `metric_tasks`.
+            scale: what their sum is multiplied by to stand for all.
         """
         self._inner = inner
         self._points = points
@@ -192,6 +209,8 @@ class MetaObjective:
         self._like = {name: p[0] for name, p in points[0].items()}
         self._theta = flatten(self._like)
         self._tasks = len(outer.weights)
+        self._chosen = None if chosen is None else chosen.to(outer.weights.device)
+        self._scale = scale
         # Weights sum to 1 over a task; over the pool, a task counts by its live steps.
         live = (outer.weights > 0).sum(1, keepdim=True).to(outer.weights.dtype)
         self._share = live / (live.sum() if pool is None else float(pool))
@@ -254,11 +273,22 @@ class MetaObjective:
 
     def product_terms(self, vector: Tensor) -> Tensor:
         """Return each task's share of the KL's Hessian at theta times `vector` (d,), (M, d)."""
+        return self._products(vector, None)
+
+    def metric_terms(self, vector: Tensor) -> Tensor:
+        """Return the same of the chosen tasks, scaled to stand for all, and 0 of others, (M, d)."""
+        return self._products(vector, self._chosen) * self._scale
+
+    def _products(self, vector: Tensor, chosen: Tensor | None) -> Tensor:
+        """Return the share of each chosen task, 0 of others, (M, d)."""
 
         def terms(start: int, stop: int) -> Tensor:
+            if chosen is not None and not bool(chosen[start:stop].any()):
+                return vector.new_zeros(stop - start, len(vector))
             linear = self._linear(start, stop)
             pushed = linear.push(vector.expand(stop - start, -1))
-            return linear.pull(linear.fisher(pushed, self._pooled(start, stop)))
+            found = linear.pull(linear.fisher(pushed, self._pooled(start, stop)))
+            return found if chosen is None else found * chosen[start:stop].unsqueeze(1)
 
         return torch.cat(self._chunks.map(terms, self._tasks))
 
@@ -297,6 +327,10 @@ class MetaObjective:
     def product(self, vector: Tensor) -> Tensor:
         """Return the mean KL's Hessian at theta times `vector` (d,), (d,)."""
         return sum_of(self.product_terms(vector))
+
+    def metric(self, vector: Tensor) -> Tensor:
+        """Return an estimate of `product` from the chosen tasks, (d,)."""
+        return sum_of(self.metric_terms(vector))
 
     def evaluate(self, candidate: Tensor) -> tuple[float, float]:
         """Return surrogate and KL after adapting from a candidate theta (d,)."""
@@ -358,10 +392,37 @@ class Adapted:
         pairs = zip(self.episodes, self.explained_variance, strict=True)
         return tuple(BatchReport.of(*pair) for pair in pairs)
 
-    def objective(self, inner: InnerStep, chunks: Chunks, pool: int | None = None) -> MetaObjective:
-        """Return the outer objective of these tasks; see `MetaObjective`."""
+    def objective(
+        self,
+        inner: InnerStep,
+        chunks: Chunks,
+        pool: int | None = None,
+        *,
+        metric_share: float = 1.0,
+        whole: int | None = None,
+        first: int = 0,
+    ) -> MetaObjective:
+        """Return the outer objective of these tasks.
+
+        Args:
+            inner: the inner step.
+            chunks: how tasks are divided.
+            pool: live steps of the whole batch, if these tasks are part of one.
+            metric_share: of the batch's tasks in estimates of its metric.
+            whole: tasks in the whole batch, if these are part of one.
+            first: the first one's index in it, which begins a chunk.
+        """
+        tasks = len(self.batches[-1].weights)
+        all_chosen = metric_tasks(whole or tasks, chunks.size, metric_share)
         return MetaObjective(
-            inner, self.points, self.batches[:-1], self.batches[-1], chunks, pool=pool
+            inner,
+            self.points,
+            self.batches[:-1],
+            self.batches[-1],
+            chunks,
+            pool=pool,
+            chosen=all_chosen[first : first + tasks],
+            scale=len(all_chosen) / int(all_chosen.sum()),
         )
 
 
@@ -456,7 +517,8 @@ def meta_iteration(
     )
     if len(adapted.episodes) <= adaptation.inner_steps:
         return theta, MetaReport.of(adapted, not_finite())
-    updated, report = outer_step(theta, adapted.objective(inner, chunks), trust_region, earlier)
+    objective = adapted.objective(inner, chunks, metric_share=trust_region.metric_share)
+    updated, report = outer_step(theta, objective, trust_region, earlier)
     return updated, MetaReport.of(adapted, report)
 
 

@@ -167,7 +167,14 @@ class Shard:
         """Linearise the tasks; `pool` is the live steps of the whole batch after adaptation."""
         assert self._adapted is not None
         with torch_threads(1), reproducible(self._experiment.device):
-            self._objective = self._adapted.objective(self._inner, self._chunks, pool)
+            self._objective = self._adapted.objective(
+                self._inner,
+                self._chunks,
+                pool,
+                metric_share=self._experiment.trust_region.metric_share,
+                whole=self._experiment.sampling.tasks,
+                first=self._start,
+            )
 
     def gradient(self) -> Tensor:
         """Return the gradient summed over the nodes of its tasks, (n, d); see `MetaObjective`."""
@@ -177,6 +184,11 @@ class Shard:
         """Return the Fisher product summed over the nodes of its tasks, (n, d)."""
         there = vector.to(self._experiment.device)
         return self._answer(lambda objective: objective.product_terms(there))
+
+    def metric(self, vector: Tensor) -> Tensor:
+        """Return the estimated Fisher product summed likewise, (n, d)."""
+        there = vector.to(self._experiment.device)
+        return self._answer(lambda objective: objective.metric_terms(there))
 
     def evaluate(self, candidate: Tensor) -> Tensor:
         """Return surrogate and divergence summed over the nodes of its tasks, (n, 2)."""

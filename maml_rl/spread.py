@@ -240,6 +240,10 @@ class Shards:
         """See `Shard.product`."""
         return self._shards[part.start].product(vector)
 
+    def metric(self, part: Part, vector: Tensor) -> Tensor:
+        """See `Shard.metric`."""
+        return self._shards[part.start].metric(vector)
+
     def evaluate(self, part: Part, candidate: Tensor) -> Tensor:
         """See `Shard.evaluate`."""
         return self._shards[part.start].evaluate(candidate)
@@ -368,6 +372,10 @@ class Batch:
     def product(self, vector: Tensor) -> Tensor:
         """See `Objective.product`."""
         return self._sum("product", self._crew.put(vector))
+
+    def metric(self, vector: Tensor) -> Tensor:
+        """See `Objective.metric`."""
+        return self._sum("metric", self._crew.put(vector))
 
     def evaluate(self, candidate: Tensor) -> tuple[float, float]:
         """See `Objective.evaluate`."""

@@ -29,7 +29,7 @@ from maml_rl.curvature import (
 )
 from maml_rl.episodes import Steps
 from maml_rl.losses import INNER_LOSSES
-from maml_rl.maml import MetaObjective
+from maml_rl.maml import MetaObjective, metric_tasks
 from maml_rl.policy import (
     LOG_STD,
     GaussianPolicy,
@@ -107,10 +107,20 @@ class Problem:
 
     @contextmanager
     def objective(
-        self, way: Linearise = linearise, *, threads: int = 1, size: int = 1
+        self,
+        way: Linearise = linearise,
+        *,
+        threads: int = 1,
+        size: int = 1,
+        chosen: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Iterator[MetaObjective]:
         chunks = Chunks(threads, size)
-        yield MetaObjective(self.inner, self.points(), self.batches, self.outer, chunks, way)
+        yield MetaObjective(
+            *(self.inner, self.points(), self.batches, self.outer, chunks, way),
+            chosen=chosen,
+            scale=scale,
+        )
         chunks.close()
 
 
@@ -549,6 +559,46 @@ def test_evaluating_elsewhere_adapts_anew_from_there(steps: int, first_order: bo
     assert divergence > 1e-3
     assert math.isclose(surrogate, float(mean_surrogate(problem)(candidate)), rel_tol=1e-12)
     assert math.isclose(divergence, float(mean_kl(problem)(candidate)), rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_metric_is_estimated_from_the_chosen_tasks(size: int) -> None:
+    """Their shares of the product, times the scale; with all of them it is the product, and no
+    other number of the objective depends on it. Chunks may be larger than what is chosen."""
+    problem = make_problem(steps=1)
+    vector = flatten(problem.theta)
+    chosen = torch.tensor([True, False, True])
+    with problem.objective(size=size, chosen=chosen, scale=1.5) as objective:
+        shares = objective.product_terms(vector)
+        expected = 1.5 * (shares[0] + shares[2])
+        assert float((expected - objective.product(vector)).abs().max()) > 1e-3
+        torch.testing.assert_close(objective.metric(vector), expected, rtol=1e-12, atol=1e-14)
+        gradient = objective.gradient()
+    with problem.objective(size=size, chosen=torch.ones(3, dtype=torch.bool)) as objective:
+        assert torch.equal(objective.metric(vector), objective.product(vector))
+        assert torch.equal(objective.gradient(), gradient)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunk", "share", "chosen"),
+    [
+        (40, 4, 0.25, [*range(4), *range(16, 20), *range(32, 36)]),
+        (40, 4, 0.5, [i for i in range(40) if i % 8 < 4]),
+        (20, 4, 0.01, list(range(4))),
+        (7, 1, 0.3, [0, 3, 6]),
+        (7, 3, 0.3, [0, 1, 2]),
+        (8, 4, 1.0, list(range(8))),
+        (8, 0, 0.1, list(range(8))),
+        (8, 20, 0.1, list(range(8))),
+    ],
+)
+def test_whole_chunks_evenly_spaced_are_chosen(
+    tasks: int, chunk: int, share: float, chosen: list[int]
+) -> None:
+    """At least one, and never less than the share; all where all go through together."""
+    found = metric_tasks(tasks, chunk, share)
+    assert found.nonzero().flatten().tolist() == chosen
+    assert len(found) == tasks
 
 
 def everything(problem: Problem, threads: int, size: int) -> tuple[list[Tensor], list[float]]:

@@ -77,6 +77,7 @@ RANGES = {
     "adaptation.step_size": Range(5e-324, 1e6),
     "trust_region.max_kl": Range(5e-324, 1e6),
     "trust_region.cg_iterations": Range(1, 10**4),
+    "trust_region.metric_share": Range(5e-324, 1.0),
     "trust_region.damping": Range(0.0, 1e6),
     "trust_region.backtracks": Range(1, 10**4),
     "trust_region.backtrack_ratio": Range(0.0, 1.0, open=True),
