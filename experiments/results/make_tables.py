@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maml_rl.config import shipped_policies
 from maml_rl.paper import paper_returns
@@ -197,10 +197,14 @@ TRIED: Mapping[str, Mapping[str, str]] = {
     "ant_dir": {
         "ant_dir_variants/alpha2_gamma95": "step size .2, discount .95, lambda 1",
         "ant_dir_variants/alpha3_gamma95_lambda9": "step size .3, discount .95, lambda .9",
-        "unfinished/ant_dir-seed0": (
+        "ant_dir_variants/at_101": (
             "the same, from 49 on discount .99, lambda .95, from 82 on lambda .98"
         ),
         "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
+        "unfinished/ant_dir-seed0": "the third, from iteration 101 on momentum .9",
+        "ant_dir_variants/from_122_momentum95_m10": (
+            "that, from iteration 122 on momentum .95, 10 tasks in place of 20"
+        ),
     },
     "half_cheetah_dir from 600": {
         "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
@@ -231,6 +235,54 @@ def tried(name: str) -> str:
     return table(["run", "iterations", "before", "after one step"], rows)
 
 
+class Planned(NamedTuple):
+    """What is planned for a family, and what an iteration of it takes."""
+
+    batch: str
+    run: str
+    """Of the meta-policy, as far as it is."""
+    seconds: float
+    """An iteration of it."""
+    baseline_seconds: float
+    """An iteration without inner step, of half the control steps."""
+
+
+PLAN: Mapping[str, Planned] = {
+    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 10.0, 6.0),
+    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 27.0, 10.8),
+    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 4.8, 1.7),
+    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 26.9, 10.8),
+    "navigation": Planned("20 x 20", "benchmark_navigation/maml-seed0", 2.3, 0.8),
+}
+"""By family, in the order in which they are run."""
+ITERATIONS = 600
+
+
+def done(run: str) -> int:
+    """Return how many iterations there are of a run."""
+    metrics = RESULTS / run / "metrics.csv"
+    return int(read_metrics(metrics)["iteration"][-1]) + 1 if metrics.is_file() else 0
+
+
+def plan() -> str:
+    """Return what is done of the five experiments, and the hours that are left."""
+    rows, total = [], 0.0
+    for family, one in PLAN.items():
+        finished = done(one.run)
+        left = (ITERATIONS - finished) * one.seconds / 3600
+        begun = [done(f"unfinished/{family}_{name}-seed0") for name in ("pretrained", "oracle")]
+        # As many control steps each: twice the iterations.
+        baselines = (2 * 2 * ITERATIONS - sum(begun)) * one.baseline_seconds / 3600
+        total += left + baselines
+        words = [f"{number:.1f}" for number in (one.seconds, one.baseline_seconds, left, baselines)]
+        so_far = " / ".join(map(str, (finished, *begun)))
+        rows.append([family, one.batch, so_far, *words])
+    rows.append(["all", *[""] * 5, f"{total:.0f} together"])
+    head = ["family", "tasks x episodes", "iterations done: meta-policy / pretrained / oracle"]
+    head += ["seconds: meta-policy", "seconds: baseline", "hours left: meta-policy"]
+    return table([*head, "hours left: pretrained and oracle"], rows)
+
+
 def inner_signal() -> str:
     """Return the share of the inner gradient that belongs to the task, lowest and highest seed."""
     shares: dict[tuple[str, str, str, str], list[float]] = {}
@@ -253,6 +305,16 @@ def inner_signal() -> str:
         for where in dict.fromkeys(key[:2] for key in shares)
     ]
     return table(["family", "nonlinearity", *(f"{d}, {g}" for d, g in columns)], rows)
+
+
+def outer_signal() -> str:
+    """Return the slopes along a step of the ant's, on its own batch and on others."""
+    rows = []
+    for line in (RESULTS / "outer_signal.txt").read_text(encoding="utf-8").splitlines()[2:]:
+        gae_lambda, damping, products, own, _, own_error, others, _, error = line.split()
+        rows.append([gae_lambda, damping, products, f"{own} ± {own_error}", f"{others} ± {error}"])
+    head = ["lambda after adapting", "damping", "products", "on its own batch", "on the others"]
+    return table(head, rows)
 
 
 CURVES = {
@@ -357,6 +419,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "drawn_characters": characters,
     "drawn_characters variants": variants,
     "supervised training": supervised_training,
+    "plan": plan,
+    "outer signal": outer_signal,
     **{f"tried {name}": partial(tried, name) for name in TRIED},
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
