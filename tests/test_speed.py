@@ -17,7 +17,7 @@ def test_every_row_of_the_goals_is_measured(capsys: pytest.CaptureFixture[str]) 
     figures = json.loads(capsys.readouterr().out)
     assert [f["unit"] for f in figures] == [
         *("of bare physics speed", "x bare physics time", "s"),
-        *("s", "GB", "GB", "% of its time", "s"),
+        *("s", "GB", "GB", "% of its time", "s", "of its time"),
         *("x a loop over tasks", "x a loop over tasks"),
         *("of second order's", "of second order's"),
     ]
