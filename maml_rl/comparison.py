@@ -16,6 +16,7 @@ import numpy.typing as npt
 from envs.family import TaskFamily
 from maml_rl.errors import InputError
 from maml_rl.evaluate import Evaluation
+from maml_rl.sampler import Count
 from maml_rl.scores import (
     gap_closed,
     interquartile_mean,
@@ -102,7 +103,8 @@ class MethodScores:
     outside_training: int
     """How many of them training never draws."""
     episodes: int
-    """Behind every task's return, in each run."""
+    """Behind every task's return, in each run; more where they are counted in steps."""
+    count: Count
     steps: tuple[StepScores, ...]
 
     @property
@@ -191,6 +193,7 @@ def compare(tested: Sequence[Outcome], family: TaskFamily) -> list[MethodScores]
                 returns.shape[2],
                 int(runs[0].outside_training.sum()),
                 runs[0].evaluation.episodes,
+                runs[0].evaluation.count,
                 tuple(
                     score_step(runs, returns, step, family, oracle) for step in range(len(returns))
                 ),

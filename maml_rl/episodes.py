@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +41,14 @@ class Episodes:
             slots = int(used.nonzero().max()) + 1 if bool(used.any()) else 0
         return Episodes(**{name: v[start:stop, :slots] for name, v in vars(self).items()})
 
+    def each(self) -> Iterator[Episodes]:
+        """Yield one task's episodes after the other's.
+
+        A sum over padding that another task needs would come to other last bits.
+        """
+        for task in range(len(self.alive)):
+            yield self.of_tasks(task, task + 1)
+
     @property
     def live_steps(self) -> Tensor:
         """(M,) int64: live steps of each task."""
@@ -52,13 +61,15 @@ class Episodes:
 
     def mean_returns(self) -> Tensor:
         """Mean undiscounted return of each task's episodes, (M,)."""
-        return self.returns().nanmean(1)
+        return torch.cat([one.returns().nanmean(1) for one in self.each()])
 
     def mean_measures(self) -> Tensor:
         """Mean of each measure over a task's live steps, (M, Q)."""
-        live = self.alive.unsqueeze(-1)
-        total = torch.where(live, self.measures, 0.0).sum((1, 2))
-        return total / self.live_steps.clamp(min=1).unsqueeze(-1)
+        totals = [
+            torch.where(one.alive.unsqueeze(-1), one.measures, 0.0).sum((1, 2))
+            for one in self.each()
+        ]
+        return torch.cat(totals) / self.live_steps.clamp(min=1).unsqueeze(-1)
 
 
 class Steps(NamedTuple):

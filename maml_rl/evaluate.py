@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from maml_rl.maml import (
     update_bytes,
 )
 from maml_rl.policy import GaussianPolicy
-from maml_rl.sampler import Sampler, at_once, task_seeds
+from maml_rl.sampler import Count, Sampler, at_once, task_seeds
 from maml_rl.seeds import TEST_SEED
 from maml_rl.task_sets import TaskSet, held_out
 
@@ -49,7 +49,7 @@ class EvaluationSettings:
     """Test tasks. A family with finitely many uses each equally often."""
     episodes: int = 20
     """K: episodes for every figure and every update."""
-    count: Literal["episodes", "steps"] = "episodes"
+    count: Count = "episodes"
     """`episodes`: K episodes. `steps`: whole episodes until a task holds K H live steps, as the
     paper did; see `SamplingSettings`."""
     steps: int = 3
@@ -93,6 +93,8 @@ class Evaluation:
     """(n + 1, T, Q): the family's measures the wanted way, mean over live steps."""
     episodes: int
     """K: episodes behind every return, or more where they are counted in steps."""
+    count: Count = "episodes"
+    """What they are counted in."""
 
     def groups(self, family: TaskFamily) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
         """Yield each task of a finite family in words, with the mask (T,) of its repetitions."""
@@ -236,11 +238,16 @@ def evaluate(
         ):
             assert episodes is not None  # last=True
             see(params, episodes)
-            each = episodes.returns().double().cpu()
             returns.append(episodes.mean_returns().double().cpu().numpy())
-            sds.append(np.nanstd(each.numpy(), axis=1))
+            each = (one.returns().double().cpu().numpy() for one in episodes.each())
+            sds.append(np.array([np.nanstd(one) for one in each]))
             means: Tensor = episodes.mean_measures().cpu()
             measures.append(family.wanted_measures(means, wanted).double().numpy())
     return Evaluation(
-        chosen, np.stack(returns), np.stack(sds), np.stack(measures), settings.episodes
+        chosen,
+        np.stack(returns),
+        np.stack(sds),
+        np.stack(measures),
+        settings.episodes,
+        settings.count,
     )

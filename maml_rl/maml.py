@@ -149,15 +149,17 @@ def estimate_in_chunks(
     return advantages, torch.cat(explained)
 
 
-def metric_tasks(tasks: int, chunk: int, share: float) -> Tensor:
+def metric_tasks(tasks: int, share: float) -> Tensor:
     """Return which tasks of a batch the metric is estimated from, (tasks,) bool.
 
-    Whole chunks, evenly spaced, at least one, and together no fewer than that share of them.
+    Those of whole chunks as they are on a CPU, evenly spaced, at least one, and together no fewer
+    than that share. However large the chunks are in which they go through, they are the same.
     """
-    size = chunk or tasks
-    counts = [math.ceil(share * number - 1e-9) for number in range(math.ceil(tasks / size) + 1)]
-    chosen = [after > before for before, after in itertools.pairwise(counts)]
-    return torch.tensor(chosen).repeat_interleave(size)[:tasks]
+    size = chunk_size(tasks, "cpu")
+    counts = [math.ceil(share * number - 1e-9) for number in range(tasks // size + 1)]
+    chosen = torch.tensor([after > before for before, after in itertools.pairwise(counts)])
+    chosen[0] = True
+    return chosen.repeat_interleave(size)
 
 
 class MetaObjective:
@@ -410,10 +412,10 @@ class Adapted:
             pool: live steps of the whole batch, if these tasks are part of one.
             metric_share: of the batch's tasks in estimates of its metric.
             whole: tasks in the whole batch, if these are part of one.
-            first: the first one's index in it, which begins a chunk.
+            first: the first one's index in it.
         """
         tasks = len(self.batches[-1].weights)
-        all_chosen = metric_tasks(whole or tasks, chunks.size, metric_share)
+        all_chosen = metric_tasks(whole or tasks, metric_share)
         return MetaObjective(
             inner,
             self.points,

@@ -147,6 +147,7 @@ def long_form(tested: Sequence[Outcome], family: TaskFamily) -> Iterator[dict[st
                     "return_mean": float(value),
                     "return_sd": float(found.return_sds[step, task]),
                     "episodes": found.episodes,
+                    "count": found.count,
                     **{f"{name}_mean": number for name, number in means},
                     "step_size": one.step_size,
                     "variant": one.variant,
@@ -183,6 +184,7 @@ def method_summary(one: MethodScores, family: TaskFamily) -> dict[str, object]:
         "task_count": one.tasks,
         "outside_training": one.outside_training,
         "episodes": one.episodes,
+        "count": one.count,
         "gradient_steps": [step_summary(step, family) for step in one.steps],
     }
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -55,6 +55,11 @@ def task_generator(stream: int, seed: int, iteration: int) -> np.random.Generato
     return np.random.default_rng(seed_sequence(stream, seed, TASKS, iteration))
 
 
+Count = Literal["episodes", "steps"]
+"""What a batch is counted in."""
+COUNTS: tuple[Count, ...] = get_args(Count)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """How much is sampled for each update."""
@@ -63,7 +68,7 @@ class SamplingSettings:
     """M: tasks in a meta-batch."""
     episodes: int = 20
     """K: episodes a task."""
-    count: Literal["episodes", "steps"] = "episodes"
+    count: Count = "episodes"
     """`episodes`: K episodes. `steps`: whole episodes until a task holds K H live steps, as the
     paper did; the two differ where episodes end early."""
     tasks_at_once: int = 0
@@ -129,7 +134,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         *,
         tasks: int,
         episodes: int,
-        count: Literal["episodes", "steps"] = "episodes",
+        count: Count = "episodes",
         action_scale: float = 1.0,
         max_diverged: float = 1.0,
         threads: int = 0,

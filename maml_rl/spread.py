@@ -586,4 +586,4 @@ def join_parts(parts: Sequence[Evaluation | BrokenDown]) -> Evaluation | BrokenD
         np.concatenate([getattr(part, name) for part in whole], axis=axis)
         for name, axis in (("tasks", 0), ("returns", 1), ("return_sds", 1), ("measures", 1))
     )
-    return Evaluation(tasks, returns, sds, measures, whole[0].episodes)
+    return Evaluation(tasks, returns, sds, measures, whole[0].episodes, whole[0].count)

@@ -17,6 +17,7 @@ from maml_rl.config import family_name
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import Evaluation
 from maml_rl.results import SUMMARY, TABLE, long_form
+from maml_rl.sampler import COUNTS
 
 Test = TypeVar("Test")
 
@@ -158,6 +159,7 @@ def outcome_from(rows: Sequence[Mapping[str, str]], family: TaskFamily) -> Outco
         KeyError: if a column is missing.
     """
     first = rows[0]
+    (count,) = (c for c in COUNTS if c == first["count"])
     (method,) = (m for m in METHODS if m == first["method"])
     if (first["family"], first["protocol"]) != (family_name(family), family.protocol_name):
         raise ValueError(f"it is of {first['family']} {first['protocol']}".rstrip())
@@ -179,6 +181,7 @@ def outcome_from(rows: Sequence[Mapping[str, str]], family: TaskFamily) -> Outco
         column("return_sd"),
         np.stack(measures, axis=-1) if measures else np.zeros((*returns.shape, 0)),
         int(first["episodes"]),
+        count,
     )
     outside = column("outside_training")[0] > 0
     seed, size = int(first["seed"]), float(first["step_size"])

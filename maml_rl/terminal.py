@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from envs import TaskFamily
 from maml_rl.comparison import Comparison, MethodScores, StepScores
 from maml_rl.loop import Show, Watcher
 from maml_rl.runs import Row
+from maml_rl.sampler import Count
 
 
 class Terminal(Console):
@@ -309,6 +310,13 @@ def difference_table(compared: Comparison) -> Table | None:
     return table
 
 
+ENOUGH: Mapping[Count, str] = {
+    "episodes": "",
+    "steps": ", and more until it has taken as many steps as they may have",
+}
+"""What is added to a number of episodes, by what is counted."""
+
+
 def evaluation_notes(compared: Comparison, family: TaskFamily) -> list[str]:
     """Return what a newcomer needs to read the tables, a sentence or two a line."""
     scores = compared.scores
@@ -316,9 +324,8 @@ def evaluation_notes(compared: Comparison, family: TaskFamily) -> list[str]:
         "Return: sum of an episode's rewards, mean over tasks, with its 95 % bootstrap interval.",
         "IQM: mean of the middle half. Spread: standard deviation over tasks. Worse: share of "
         "tasks that adapting made worse.",
-        f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes "
-        "(where evaluation.count is steps, more if they end early), which are all that the step "
-        "learns from.",
+        f"Before each gradient step a task's policy acts for {scores[0].episodes} episodes"
+        f"{ENOUGH[scores[0].count]}, which are all that the step learns from.",
     ]
     if any(len(one.seeds) > 1 for one in scores):
         notes.append(

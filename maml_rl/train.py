@@ -396,7 +396,8 @@ def meta_train(
                 origin_of(experiment),
                 theta,
                 init=begun_from,
-                remembered=1 if experiment.trust_region.momentum else 0,
+                # A gradient in float64.
+                remembered=2 if experiment.trust_region.momentum else 0,
             )
         )
     except BaseException:

@@ -78,7 +78,8 @@ class TrainedPolicy:
             family: whose task it is; its observations and actions must be those trained on.
             task: (P,).
             steps: gradient steps.
-            episodes: episodes for each step; by default the experiment's.
+            episodes: episodes for each step, or more where `evaluation.count` is steps and they end
+                early; by default the experiment's.
             seed: of the episodes.
 
         Raises:

@@ -60,6 +60,7 @@ def test_the_long_form_has_a_row_a_task_and_step() -> None:
         "return_mean": 5.0,
         "return_sd": 0.5,
         "episodes": 7,
+        "count": "episodes",
         "distance_mean": 0.05,
         "step_size": 0.5,
         "variant": "b",
@@ -110,6 +111,7 @@ def test_files_hold_every_figure_and_null_for_what_is_unknown(
         "task_count": 3,
         "outside_training": 1,
         "episodes": 7,
+        "count": "episodes",
     }
     before, after = maml["gradient_steps"]
     assert (before["steps"], before["return"], after["steps"], after["return"]) == (0, 2, 1, 5)

@@ -8,11 +8,39 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from maml_rl.adapt import flatten
 from maml_rl.config import load_experiment
 from maml_rl.devices import Device
 from maml_rl.shard import Shard
 from maml_rl.trained import new_policy
 from tests.fake_device import fake_device
+
+
+def test_parts_add_up_to_the_metric_of_the_whole_batch() -> None:
+    """Of twelve tasks, three chunks, a share of .3 is the first: a shard that does not have it adds
+    nothing, and what all come to is three times its share of the product."""
+    experiment = load_experiment(
+        "navigation",
+        sampling__tasks=12,
+        sampling__episodes=4,
+        family__horizon=6,
+        policy__layers=[16],
+        trust_region__metric_share=0.3,
+    )
+    fresh = new_policy(experiment)
+    vector = flatten(fresh.params) + 1.0
+    found = {}
+    for start, stop in ((0, 12), (0, 4), (4, 12)):
+        shard = Shard(experiment, fresh.policy, stop - start, 4)
+        shard.begin(fresh.params, 0, start, stop)
+        shard.build(12 * 4 * 6)
+        found[start, stop] = [shard.metric(vector).sum(0), shard.product(vector).sum(0)]
+        shard.close()
+    whole, first, rest = found.values()
+    torch.testing.assert_close(whole[0], 3.0 * first[1], rtol=1e-5, atol=1e-9)
+    assert torch.equal(whole[0], first[0])
+    assert rest[0].abs().max() == 0
+    assert rest[1].abs().max() > 0
 
 
 def answers(device: str) -> list[Tensor]:

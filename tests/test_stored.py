@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 from envs import HalfCheetahDir, HalfCheetahVel, Navigation2D, TaskFamily
 from maml_rl.comparison import Outcome
 from maml_rl.errors import InputError
+from maml_rl.report.tested import alike
 from maml_rl.results import long_form
 from maml_rl.stored import has_results, read_outcomes, read_summary
 from tests.outcomes import outcome
@@ -49,10 +50,9 @@ def arrays(one: Outcome) -> list[npt.NDArray[np.generic]]:
 def same(one: Outcome, other: Outcome) -> bool:
     """Whether two tests are equal to the last bit."""
     pairs = zip(arrays(one), arrays(other), strict=True)
-    named = (one.key, one.seed, one.evaluation.episodes)
-    return named == (other.key, other.seed, other.evaluation.episodes) and all(
-        np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs
-    )
+    named = (one.key, one.seed, one.evaluation.episodes, one.evaluation.count)
+    theirs = (other.key, other.seed, other.evaluation.episodes, other.evaluation.count)
+    return named == theirs and all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -65,6 +65,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_table(tmp_path, speeds, HalfCheetahVel(protocol="gymnasium"))
     (again,) = read_outcomes(tmp_path, HalfCheetahVel(protocol="gymnasium"))
     assert same(again, speeds[0])
+    by_steps = replace(speeds[0], evaluation=replace(speeds[0].evaluation, count="steps"))
+    write_table(tmp_path, [by_steps], HalfCheetahVel(protocol="gymnasium"))
+    (again,) = read_outcomes(tmp_path, HalfCheetahVel(protocol="gymnasium"))
+    assert same(again, by_steps)
+    assert not same(again, speeds[0])
+    assert alike([speeds[0], speeds[0]])
+    assert not alike([speeds[0], by_steps])
 
 
 def without_last_row(text: str) -> str:
@@ -134,7 +141,7 @@ def test_a_summary_tells_runs_versions_and_benchmark(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     found = read_summary(tmp_path)
     assert (found.versions, found.benchmark) == ({"torch": "2.7"}, "")
-    assert dataclasses.asdict(found.runs[0]) == RUN
+    assert asdict(found.runs[0]) == RUN
     (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "benchmark": {"name": "b"}}))
     assert read_summary(tmp_path).benchmark == "b"
 

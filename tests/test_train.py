@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import maml_rl
 from maml_rl.adapt import Params, flatten
@@ -19,7 +19,7 @@ from maml_rl.assess import evaluate_policy
 from maml_rl.checkpoints import FRESH, State, read_checkpoint, write_checkpoint
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped, RunWarning
-from maml_rl.maml import chunk_size
+from maml_rl.maml import MetaObjective, chunk_size
 from maml_rl.runs import Row, RunFolder
 from maml_rl.train import Trainer, meta_train, resume
 from maml_rl.trust_region import Refusal
@@ -156,7 +156,8 @@ def test_momentum_is_carried_on_by_a_resumed_run(tmp_path: Path) -> None:
     """From the newest checkpoint and from the best alike: the bits of a run never interrupted."""
     experiment = load_experiment("navigation", **HEAVY)
     whole = meta_train(experiment, out=tmp_path / "whole")
-    assert not same(whole.params, meta_train(load_experiment("navigation", **SETTINGS)).params)
+    plain = load_experiment("navigation", **{**HEAVY, "trust_region__momentum": 0.0})
+    assert not same(whole.params, meta_train(plain).params)
     meta_train(replace(experiment, iterations=2), out=tmp_path / "parts")
     assert same(whole.params, resume(tmp_path / "parts", iterations=4).params)
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
@@ -198,6 +199,38 @@ def test_where_momentum_may_be_why_the_surrogate_rises_it_is_named(tmp_path: Pat
         assert ("trust_region.momentum (now 0.9)" in advice) == named
         assert "momentum" not in trainer.advice({"refused_because": str(Refusal.KL_TOO_LARGE)})
         trainer.close()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_products_are_of_as_many_tasks_as_the_settings_say(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve tasks, three chunks, one chunk in each product of conjugate gradient; and once all,
+    for the step's length."""
+    asked = list[int]()
+
+    def counted(name: str) -> None:
+        true = getattr(MetaObjective, name)
+
+        def terms(self: MetaObjective, vector: Tensor) -> Tensor:
+            found: Tensor = true(self, vector)
+            asked.append(int((found != 0).any(1).sum()))
+            return found
+
+        monkeypatch.setattr(MetaObjective, name, terms)
+
+    counted("metric_terms")
+    counted("product_terms")
+    sizes = {**SETTINGS, "sampling__tasks": 12, "iterations": 1}
+    meta_train(
+        load_experiment(
+            "navigation",
+            **sizes,
+            trust_region__metric_share=share,
+            trust_region__cg_iterations=3,
+        )
+    )
+    assert asked == ([12] * 3 if share == 1 else [4] * 3 + [12])
 
 
 def test_a_run_starts_from_another_ones_parameters(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 python experiments/results/outer_signal.py RUN [BATCHES]
 
-From a run's newest policy, for the run's own settings and for some others: the slope of the
-surrogate along each batch's own natural-gradient step (of the length that `max_kl` allows), on the
-batch itself and on the other batches, whose surrogates have the run's own lambda. Where the second
-is 0 the policy is at a stationary point, or the batches are too small to see a slope; more
-iterations of the same kind do not help. Where it is small beside the first most of a step is noise.
+From a run's newest policy, for the run's own settings (without momentum, and with Fisher products
+of all tasks) and for some others: the slope of the surrogate along each batch's own
+natural-gradient step (of the length that `max_kl` allows), on the batch itself and on the other
+batches, whose surrogates have the run's own lambda. Where the second is 0 the policy is at a
+stationary point, or the batches are too small to see a slope; more iterations of the same kind do
+not help. Where it is small beside the first most of a step is noise.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from maml_rl.assess import Subject, load_subject, load_subjects, outcomes_of, un
 from maml_rl.comparison import ORACLE, Comparison, Outcome
 from maml_rl.errors import InputError, refusal
 from maml_rl.results import write_own_test
+from maml_rl.sampler import Count
 from maml_rl.stored import RunTested, Summary, has_results, read_outcomes, read_summary
 from maml_rl.task_sets import held_out
 from maml_rl.versions import versions
@@ -163,10 +164,14 @@ def alike(tests: Sequence[Outcome]) -> bool:
     first = tests[0]
     lengths = {len(test.evaluation.returns) for test in tests if test.method != ORACLE}
     return len(lengths) <= 1 and all(
-        (test.source, test.evaluation.episodes) == (first.source, first.evaluation.episodes)
-        and np.array_equal(test.evaluation.tasks, first.evaluation.tasks)
+        how(test) == how(first) and np.array_equal(test.evaluation.tasks, first.evaluation.tasks)
         for test in tests
     )
+
+
+def how(test: Outcome) -> tuple[str, int, Count]:
+    """Return which tasks a test was of, and by how much each."""
+    return test.source, test.evaluation.episodes, test.evaluation.count
 
 
 def benchmark_tested(folder: Path, checkpoint: str) -> Tested:

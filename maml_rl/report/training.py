@@ -46,6 +46,10 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     "discount": lambda e: f"{e.advantages.discount:g}",
     "lambda": lambda e: f"{e.advantages.gae_lambda:g}",
     "largest KL of an update": lambda e: f"{e.trust_region.max_kl:g}",
+    "momentum of the update": lambda e: words_of(e.trust_region.momentum, usual=0.0),
+    "share of the tasks in Fisher products": lambda e: words_of(
+        e.trust_region.metric_share, usual=1.0
+    ),
     "test of its own": lambda e: (
         f"{e.evaluation.tasks} tasks, {e.evaluation.episodes} episodes an update"
         f"{' or their steps' if e.evaluation.count == 'steps' else ''}, "
@@ -53,6 +57,11 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     ),
 }
 """The settings that matter, in words."""
+
+
+def words_of(value: float, usual: float) -> str:
+    """Return a number, "" where it is the usual one."""
+    return "" if value == usual else f"{value:g}"
 
 
 def yes_or_no(value: bool) -> str:

@@ -20,6 +20,7 @@ import pytest
 import ray
 import yaml
 from ray import cluster_utils
+from torch import Tensor
 
 from envs import Navigation2D
 from maml_rl.adapt import Params
@@ -86,6 +87,17 @@ def test_a_part_of_a_test_is_that_part_of_the_whole(name: str, together: int) ->
         replace(trained, experiment=replace(trained.experiment, sampling=every))
     )
     for part in (slice(0, 4), slice(4, 10), slice(8, 10), slice(0, 10)):
+        assert same(evaluate_policy(trained, part=part), part_of(whole, part))
+
+
+def test_a_part_of_a_test_counted_in_steps_is_that_part_of_the_whole() -> None:
+    """Where tasks have unlike numbers of episodes, and the whole more room than a part needs."""
+    settings = {**SMALL, "iterations": 0, "evaluation__count": "steps"}
+    easy = {"family__horizon": 30, "family__goal_radius": 0.2, "evaluation__episodes": 8}
+    trained = meta_train(load_experiment("navigation", **{**settings, **easy}))
+    whole = evaluate_policy(trained)
+    assert whole.count == "steps"
+    for part in (slice(0, 4), slice(4, 10), slice(8, 10)):
         assert same(evaluate_policy(trained, part=part), part_of(whole, part))
 
 
@@ -253,8 +265,10 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
     true = SpreadEngine.iterate
 
-    def iterate(self: SpreadEngine, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
-        result = true(self, theta, iteration)
+    def iterate(
+        self: SpreadEngine, theta: Params, iteration: int, earlier: Tensor | None
+    ) -> tuple[Params, MetaReport]:
+        result = true(self, theta, iteration, earlier)
         seen.append((threading.current_thread().name, self.figures()["workers"]))
         return result
 
@@ -298,12 +312,14 @@ def test_the_last_run_of_a_benchmark_has_all_workers(
     """Two runs have two workers each of four; when one is done the other takes over its two."""
     true = SpreadEngine.iterate
 
-    def iterate(self: SpreadEngine, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self: SpreadEngine, theta: Params, iteration: int, earlier: Tensor | None
+    ) -> tuple[Params, MetaReport]:
         until = time.monotonic() + 60.0
         while iteration == 5 and len(self._crew.workers) < 4 and time.monotonic() < until:
             self._crew.join()
             time.sleep(0.2)
-        return true(self, theta, iteration)
+        return true(self, theta, iteration, earlier)
 
     monkeypatch.setattr(SpreadEngine, "iterate", iterate)
     words = ["--cluster.address", address, "--cluster.workers", "4", "--out", str(tmp_path)]
@@ -331,14 +347,16 @@ def test_where_a_run_of_several_fails_the_others_can_be_gone_on_with(
 
     failed = threading.Event()
 
-    def iterate(self: SpreadEngine, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self: SpreadEngine, theta: Params, iteration: int, earlier: Tensor | None
+    ) -> tuple[Params, MetaReport]:
         if self._experiment.adaptation.inner_steps and iteration == 1:
             failed.set()
             raise RunStopped("it is enough", 3)
         if iteration == 1:
             assert failed.wait(60)
             time.sleep(3.0)
-        return true(self, theta, iteration)
+        return true(self, theta, iteration, earlier)
 
     with monkeypatch.context() as patch:
         patch.setattr(SpreadEngine, "iterate", iterate)
@@ -369,13 +387,15 @@ def test_ctrl_c_ends_all_runs_of_a_benchmark(
     words = ["benchmark", file, "--cluster.address", address, "--cluster.workers", "2"]
     words += ["--out", str(tmp_path), "--quiet"]
 
-    def iterate(self: SpreadEngine, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self: SpreadEngine, theta: Params, iteration: int, earlier: Tensor | None
+    ) -> tuple[Params, MetaReport]:
         if not struck.is_set():
             struck.set()
             for _ in range(signals):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1.0)
-        return true(self, theta, iteration)
+        return true(self, theta, iteration, earlier)
 
     with monkeypatch.context() as patch:
         patch.setattr(SpreadEngine, "iterate", iterate)
@@ -504,11 +524,13 @@ def test_a_machine_that_is_lost_with_all_workers_of_a_run_does_not_end_the_other
     there.add_node(**node(9, 1))
     true, gone = SpreadEngine.iterate, threading.Event()
 
-    def iterate(self: SpreadEngine, theta: Params, iteration: int) -> tuple[Params, MetaReport]:
+    def iterate(
+        self: SpreadEngine, theta: Params, iteration: int, earlier: Tensor | None
+    ) -> tuple[Params, MetaReport]:
         if iteration == 1 and not gone.is_set():
             gone.set()
             there.remove_node(next(iter(there.worker_nodes)), allow_graceful=False)
-        return true(self, theta, iteration)
+        return true(self, theta, iteration, earlier)
 
     monkeypatch.setattr(SpreadEngine, "iterate", iterate)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
