@@ -248,11 +248,11 @@ class Planned(NamedTuple):
 
 
 PLAN: Mapping[str, Planned] = {
-    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 10.0, 6.0),
-    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 27.0, 10.8),
-    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 4.8, 1.7),
-    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 26.9, 10.8),
-    "navigation": Planned("20 x 20", "benchmark_navigation/maml-seed0", 2.3, 0.8),
+    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 6.7, 2.4),
+    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 18.9, 8.5),
+    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 3.5, 1.2),
+    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 19.6, 9.3),
+    "navigation": Planned("20 x 20", "unfinished/navigation-seed0", 1.4, 0.6),
 }
 """By family, in the order in which they are run."""
 ITERATIONS = 600
