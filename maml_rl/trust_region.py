@@ -165,6 +165,40 @@ def conjugate_gradient(
     return x, residual, None
 
 
+def full_step(
+    objective: Objective, gradient: Tensor, settings: TrustRegionSettings, dtype: torch.dtype
+) -> tuple[Tensor, float, Refusal | None]:
+    """Return the step against a gradient, by the divergence's metric, that `max_kl` allows.
+
+    Args:
+        objective: whose metric.
+        gradient: (d,) float64, finite and not 0.
+        settings: how.
+        dtype: of the vectors that the objective takes.
+
+    Returns:
+        The step (d,) float64, conjugate gradient's residual |b - A x| / |b|, and why the step is
+        not to be taken, or None.
+    """
+
+    def damped(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+        return multiply(vector.to(dtype)).double() + settings.damping * vector
+
+    estimated = settings.metric_share < 1
+    multiply = partial(damped, objective.metric if estimated else objective.product)
+    step, rest, complaint = conjugate_gradient(multiply, -gradient, settings.cg_iterations)
+    residual = float(rest.norm()) / float(gradient.norm())
+    if complaint is not None:
+        return step, residual, complaint
+    # s'As costs no further product: A s = b - residual. An estimate would have it too small, since
+    # the step makes use of its gaps.
+    image = damped(objective.product, step) if estimated else -gradient - rest
+    curvature = float(step.dot(image))
+    if not (math.isfinite(curvature) and curvature > 0):
+        return step, residual, Refusal.STEP_NOT_FINITE
+    return math.sqrt(2.0 * settings.max_kl / curvature) * step, residual, None
+
+
 def trust_region_step(
     objective: Objective,
     theta: Tensor,
@@ -193,26 +227,11 @@ def trust_region_step(
     def refused(reason: Refusal, backtracks: int = 0, residual: float = math.nan) -> Report:
         return Report(before, before, 0.0, reason, backtracks, residual, followed)
 
-    norm = float(gradient.norm())
-    if norm == 0.0:
+    if float(gradient.norm()) == 0.0:
         return theta, refused(Refusal.GRADIENT_ZERO)
-
-    def damped(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
-        return multiply(vector.to(theta.dtype)).double() + settings.damping * vector
-
-    estimated = settings.metric_share < 1
-    multiply = partial(damped, objective.metric if estimated else objective.product)
-    step, rest, complaint = conjugate_gradient(multiply, -gradient, settings.cg_iterations)
-    residual = float(rest.norm()) / norm
+    full, residual, complaint = full_step(objective, gradient, settings, theta.dtype)
     if complaint is not None:
         return theta, refused(complaint, residual=residual)
-    # s'As costs no further product: A s = b - residual. An estimate would have it too small, since
-    # the step makes use of its gaps.
-    image = damped(objective.product, step) if estimated else -gradient - rest
-    curvature = float(step.dot(image))
-    if not (math.isfinite(curvature) and curvature > 0):
-        return theta, refused(Refusal.STEP_NOT_FINITE, residual=residual)
-    full = math.sqrt(2.0 * settings.max_kl / curvature) * step
 
     surrogate, kl = math.nan, math.nan
     for tried in range(settings.backtracks):

@@ -25,6 +25,8 @@ from maml_rl.rendering import FORMAT, RECORD, Column, Rendering
 from maml_rl.report import page as report
 from maml_rl.report.page import make_report
 from maml_rl.report.sheet import csp_hash, page_name
+from maml_rl.report.training import SETTINGS as SHOWN
+from maml_rl.report.training import settings_table
 from maml_rl.results import write_own_test, write_results
 from maml_rl.task_sets import papers_own
 from maml_rl.train import meta_train, resume
@@ -374,6 +376,19 @@ def test_pages_of_the_kept_results_are_light_and_whole(name: str, tmp_path: Path
     check_alone(page)
     here = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
     assert check_against(page, here / "evaluation.csv") >= 4
+
+
+def test_unusual_settings_of_the_update_are_shown_and_usual_ones_left_out() -> None:
+    """Momentum and share of one run, empty for the one beside it that has neither."""
+    plain = load_experiment("navigation")
+    heavy = load_experiment(
+        "navigation", trust_region__momentum=0.9, trust_region__metric_share=0.25
+    )
+    names = ("momentum of the update", "share of the tasks in Fisher products")
+    alone = dict(settings_table({"maml": plain}, SHOWN).rows)
+    assert not set(names) & set(alone)
+    both = dict(settings_table({"heavy": heavy, "plain": plain}, SHOWN).rows)
+    assert [both[name] for name in names] == [["0.9", ""], ["0.25", ""]]
 
 
 def test_a_page_needs_nothing_else(runs: Path) -> None:

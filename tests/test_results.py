@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from maml_rl.comparison import Comparison
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.results import long_form, results_folder, write_own_test, write_results
+from maml_rl.terminal import evaluation_notes
 from maml_rl.train import meta_train
 from tests.conftest import files_at_most
 from tests.outcomes import outcome as hand_made
@@ -130,6 +132,16 @@ def test_files_hold_every_figure_and_null_for_what_is_unknown(
     assert json.loads(text)["settings"]["maml"]["later_step_scale"] == 0.5
     assert after["by_task"] == {}
     assert [s["return"] for s in random["gradient_steps"]] == [8]
+
+
+def test_a_note_says_whether_episodes_or_steps_are_counted() -> None:
+    """Only steps may take more episodes than are named."""
+    one = outcome([[1, 2, 3], [4, 5, 6]])
+    by_steps = replace(one, evaluation=replace(one.evaluation, count="steps"))
+    for tested, more in ((one, False), (by_steps, True)):
+        compared = Comparison.of([tested], Navigation2D())
+        (note,) = (n for n in evaluation_notes(compared, Navigation2D()) if "acts for 7" in n)
+        assert ("until it has taken as many steps" in note) == more
 
 
 def test_runs_are_listed_with_what_their_training_took(subject: Subject, tmp_path: Path) -> None:

@@ -8,25 +8,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from envs import TaskFamily
 from maml_rl.adapt import flatten
-from maml_rl.config import load_experiment
+from maml_rl.config import Experiment, load_experiment
 from maml_rl.devices import Device
 from maml_rl.shard import Shard
 from maml_rl.trained import new_policy
 from tests.fake_device import fake_device
 
 
+def small(**settings: object) -> Experiment[TaskFamily]:
+    """Navigation with four episodes of six steps a task."""
+    sizes = {"sampling__episodes": 4, "family__horizon": 6, "policy__layers": [16]}
+    return load_experiment("navigation", **sizes, **settings)
+
+
 def test_parts_add_up_to_the_metric_of_the_whole_batch() -> None:
     """Of twelve tasks, three chunks, a share of .3 is the first: a shard that does not have it adds
     nothing, and what all come to is three times its share of the product."""
-    experiment = load_experiment(
-        "navigation",
-        sampling__tasks=12,
-        sampling__episodes=4,
-        family__horizon=6,
-        policy__layers=[16],
-        trust_region__metric_share=0.3,
-    )
+    experiment = small(sampling__tasks=12, trust_region__metric_share=0.3)
     fresh = new_policy(experiment)
     vector = flatten(fresh.params) + 1.0
     found = {}
@@ -45,13 +45,7 @@ def test_parts_add_up_to_the_metric_of_the_whole_batch() -> None:
 
 def answers(device: str) -> list[Tensor]:
     """What a shard says of all tasks of the first iteration; parameters and vectors are here."""
-    experiment = load_experiment(
-        "navigation",
-        sampling__tasks=4,
-        sampling__episodes=4,
-        family__horizon=6,
-        policy__layers=[16],
-    )
+    experiment = small(sampling__tasks=4)
     fresh = new_policy(experiment)
     there = replace(experiment, device=cast(Device, device))
     shard = Shard(there, fresh.policy, 4, 4)

@@ -72,14 +72,14 @@ def test_a_shipped_policy_is_still_worth_what_its_table_says(name: str) -> None:
 
 @pytest.mark.slow
 def test_another_policy_or_other_physics_would_be_noticed() -> None:
-    """The same check fails where the noise of actions is larger, or the body twice as heavy."""
+    """The same check fails where actions have 1.6 times the noise, or the body weighs 20 kg."""
     path = POLICIES["half_cheetah_dir"]
     policy, stored = load(path), stored_test(path)
-    louder = {n: p + 1.0 * (n == "log_std") for n, p in policy.params.items()}
+    louder = {n: p + 0.5 * (n == "log_std") for n, p in policy.params.items()}
     assert max(standard_errors(first_tasks(replace(policy, params=louder), 8), stored)) > 3
     family = policy.experiment.family
     assert isinstance(family, HalfCheetahDir)
-    heavier = replace(policy.experiment, family=replace(family, total_mass=28.0))
+    heavier = replace(policy.experiment, family=replace(family, total_mass=20.0))
     found = first_tasks(replace(policy, experiment=heavier), 8)
     assert max(standard_errors(found, stored)) > 3
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import envs
 import maml_rl
+from maml_rl.adapt import flatten
 from maml_rl.policy import log_std
 from tests.tiny import SETTINGS
 
@@ -94,6 +95,23 @@ def test_a_module_as_the_mean_trains_as_the_mlp_does_at_any_number_of_threads() 
                 atol=1e-5,
             )
     assert all(torch.equal(a, b) for a, b in zip(given, module.parameters(), strict=True))
+
+
+def test_adapting_counts_what_a_test_does() -> None:
+    """By steps, more of the short episodes of a point that arrives, and so other parameters; where
+    none ends early there is no difference."""
+    for radius, alike in ((0.25, False), (0.0, True)):
+        adapted = []
+        for count in ("episodes", "steps"):
+            experiment = maml_rl.load_experiment(
+                "navigation",
+                **{**SETTINGS, "family__horizon": 30},
+                family__goal_radius=radius,
+                evaluation__count=count,
+            )
+            policy = maml_rl.new_policy(experiment).adapt(experiment.family, [0.2, 0.1])
+            adapted.append(flatten(policy.params))
+        assert torch.equal(*adapted) == alike
 
 
 def test_adapting_to_nonsense_is_refused() -> None:

@@ -32,7 +32,7 @@ from maml_rl.episodes import pack
 from maml_rl.maml import Adapted, MetaObjective, estimate_in_chunks, sample_and_adapt
 from maml_rl.shard import chunks_for, collector, make_sampler
 from maml_rl.trained import load
-from maml_rl.trust_region import conjugate_gradient
+from maml_rl.trust_region import full_step
 
 
 class Variant(NamedTuple):
@@ -84,18 +84,6 @@ def adapted_batches(run: Path, batches: int) -> Iterator[tuple[Adapted, InnerSte
     sampler.close()
 
 
-def full_step(
-    objective: MetaObjective, gradient: Tensor, variant: Variant, max_kl: float
-) -> Tensor:
-    """Return the step along the natural gradient that max_kl allows, (d,)."""
-    step, rest, _ = conjugate_gradient(
-        lambda v: objective.product(v.float()).double() + variant.damping * v,
-        -gradient,
-        variant.cg_iterations,
-    )
-    return math.sqrt(2.0 * max_kl / float(step.dot(-gradient - rest))) * step
-
-
 def gradients_and_steps(run: Path, batches: int) -> tuple[Tensor, dict[Variant, Tensor]]:
     """Return the surrogate's gradient on each batch, (B, d), and the steps, each (B, d)."""
     experiment = load(run).experiment
@@ -115,7 +103,15 @@ def gradients_and_steps(run: Path, batches: int) -> tuple[Tensor, dict[Variant, 
                 )
                 objectives = {variant.gae_lambda: (objective, objective.gradient().double())}
             objective, gradient = objectives[variant.gae_lambda]
-            step = full_step(objective, gradient, variant, experiment.trust_region.max_kl)
+            way = replace(
+                experiment.trust_region,
+                metric_share=1.0,
+                damping=variant.damping,
+                cg_iterations=variant.cg_iterations,
+            )
+            step, _, complaint = full_step(objective, gradient, way, torch.float32)
+            if complaint is not None:
+                sys.exit(f"no step can be found: {complaint}")
             steps[variant].append(step)
             if variant is wanted[0]:
                 gradients.append(gradient)

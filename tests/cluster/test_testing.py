@@ -34,7 +34,7 @@ from maml_rl.errors import RunStopped, RunWarning
 from maml_rl.evaluate import Evaluation
 from maml_rl.maml import MetaReport
 from maml_rl.runs import RunFolder
-from maml_rl.spread import SpreadEngine
+from maml_rl.spread import SpreadEngine, join_parts
 from maml_rl.task_sets import held_out
 from maml_rl.train import meta_train, resume
 from maml_rl.trained import TrainedPolicy
@@ -99,6 +99,10 @@ def test_a_part_of_a_test_counted_in_steps_is_that_part_of_the_whole() -> None:
     assert whole.count == "steps"
     for part in (slice(0, 4), slice(4, 10), slice(8, 10)):
         assert same(evaluate_policy(trained, part=part), part_of(whole, part))
+    joined = join_parts([part_of(whole, part) for part in (slice(0, 4), slice(4, 10))])
+    assert isinstance(joined, Evaluation)
+    assert same(joined, whole)
+    assert (joined.episodes, joined.count) == (whole.episodes, whole.count)
 
 
 @pytest.mark.cluster
