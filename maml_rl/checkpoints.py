@@ -2,7 +2,7 @@
 
 CHECKPOINT/parameters.safetensors   theta
            optimizer.safetensors    what the outer optimiser remembers, if it does: Adam's moments,
-                                    the gradient that momentum carries on
+                                    the direction that momentum carries on
            state.json               counters; with the seed in the config all randomness follows
            config.yaml              the resolved experiment
            manifest.json            format, size and sha256 of each file, order of the parameters,

@@ -503,7 +503,7 @@ def meta_iteration(
 ) -> tuple[Params, MetaReport]:
     """Return theta after one iteration of Algorithm 3 over `tasks` tasks, and what happened.
 
-    A refused step returns the very same theta. `earlier` is what the outer step before followed,
+    A refused step returns the very same theta. `earlier` is where the outer step before went,
     (d,), for momentum; see `trust_region_step`.
     """
     inner = adaptation.inner_step(policy)

@@ -58,8 +58,8 @@ ADVICE: Mapping[str, str] = {
     "(now {episodes}), or a smaller trust_region.max_kl (now {max_kl:g})",
 }
 """What to try where updates are refused, by the reason."""
-GRADIENT = "gradient"
-"""In a checkpoint, what the last outer step followed."""
+DIRECTION = "direction"
+"""In a checkpoint, where the last outer step went."""
 
 
 class Engine(Protocol):
@@ -197,7 +197,7 @@ class Trainer:
     state: State
     engine: Engine
     earlier: Tensor | None = None
-    """What the last outer step followed, (d,); None before the first."""
+    """Where the last outer step went, (d,); None before the first."""
     best: tuple[Params, State, Params] | None = None
     """What the last iteration began with, if it sampled the best batch so far."""
 
@@ -308,7 +308,7 @@ class Trainer:
         """What momentum carries on to the next step; nothing without it."""
         if not self.experiment.trust_region.momentum or self.earlier is None:
             return {}
-        return {GRADIENT: self.earlier}
+        return {DIRECTION: self.earlier}
 
     def advice(self, row: Row) -> str:
         """Return what to try where updates are refused."""
@@ -396,7 +396,7 @@ def meta_train(
                 origin_of(experiment),
                 theta,
                 init=begun_from,
-                # A gradient in float64.
+                # A direction in float64.
                 remembered=2 if experiment.trust_region.momentum else 0,
             )
         )
@@ -471,13 +471,13 @@ def remembered(found: Checkpoint, experiment: Experiment[TaskFamily]) -> Tensor 
     if not experiment.trust_region.momentum or not found.optimizer:
         return None
     size = flatten(found.theta).shape
-    gradient = found.optimizer.get(GRADIENT)
-    if gradient is None or gradient.shape != size or not bool(torch.isfinite(gradient).all()):
+    direction = found.optimizer.get(DIRECTION)
+    if direction is None or direction.shape != size or not bool(torch.isfinite(direction).all()):
         raise InputError(
-            f"checkpoint {found.path} holds no gradient of its {size.numel()} parameters for "
+            f"checkpoint {found.path} holds no step of its {size.numel()} parameters for "
             "trust_region.momentum to carry on"
         )
-    return gradient
+    return direction
 
 
 def _finish(

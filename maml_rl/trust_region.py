@@ -1,9 +1,9 @@
 """A trust-region step: conjugate gradient, step length, line search. Knows no RL.
 
 Schulman et al. 2015 (arXiv:1502.05477), appendix C. Minimises a surrogate within a bound on a
-divergence whose Hessian at the present point is given by products with vectors. With
-momentum the step follows what Polyak's heavy ball (1964) would, the sum of this gradient and of
-earlier ones that fade, and only then is the divergence's metric applied to it.
+divergence whose Hessian at the present point is given by products with vectors. Momentum is
+Polyak's heavy ball (1964) with natural gradients: a step goes along the sum of this point's and of
+earlier ones that fade.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ class TrustRegionSettings:
     backtrack_ratio: float = 0.8
     """Each step length over the one before."""
     momentum: float = 0.0
-    """Share of the gradient that the step before followed which is added to this one; 0 is the
-    paper's. With most of a batch's gradient being noise, .9 averages ten batches or so."""
+    """Share of the direction of the step before which is added to this natural gradient; 0 is the
+    paper's. With most of a batch's gradient being noise, .9 averages ten batches or so. Costs a
+    Fisher product."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -122,7 +123,8 @@ class Report:
     cg_residual: float
     """|b - A x| / |b| after the last iteration."""
     followed: Tensor | None = field(default=None, compare=False, repr=False)
-    """(d,): the gradient, with what momentum adds of earlier ones; None if it was not finite."""
+    """(d,) float64: the direction taken, with what momentum adds of earlier ones, before its length
+    was found; None where none could be found."""
 
     @property
     def accepted(self) -> bool:
@@ -165,9 +167,26 @@ def conjugate_gradient(
     return x, residual, None
 
 
+class FullStep(NamedTuple):
+    """The step that `max_kl` allows."""
+
+    step: Tensor
+    """(d,) float64."""
+    followed: Tensor
+    """(d,) float64: its direction, as it was found."""
+    residual: float
+    """Conjugate gradient's |b - A x| / |b|."""
+    complaint: Refusal | None
+    """Why the step is not to be taken."""
+
+
 def full_step(
-    objective: Objective, gradient: Tensor, settings: TrustRegionSettings, dtype: torch.dtype
-) -> tuple[Tensor, float, Refusal | None]:
+    objective: Objective,
+    gradient: Tensor,
+    settings: TrustRegionSettings,
+    dtype: torch.dtype,
+    earlier: Tensor | None = None,
+) -> FullStep:
     """Return the step against a gradient, by the divergence's metric, that `max_kl` allows.
 
     Args:
@@ -175,10 +194,7 @@ def full_step(
         gradient: (d,) float64, finite and not 0.
         settings: how.
         dtype: of the vectors that the objective takes.
-
-    Returns:
-        The step (d,) float64, conjugate gradient's residual |b - A x| / |b|, and why the step is
-        not to be taken, or None.
+        earlier: the direction of the step before, (d,), if momentum is to carry it on.
     """
 
     def damped(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
@@ -189,14 +205,19 @@ def full_step(
     step, rest, complaint = conjugate_gradient(multiply, -gradient, settings.cg_iterations)
     residual = float(rest.norm()) / float(gradient.norm())
     if complaint is not None:
-        return step, residual, complaint
-    # s'As costs no further product: A s = b - residual. An estimate would have it too small, since
-    # the step makes use of its gaps.
-    image = damped(objective.product, step) if estimated else -gradient - rest
+        return FullStep(step, step, residual, complaint)
+    carried = earlier if settings.momentum else None
+    if carried is not None:
+        step = step + settings.momentum * carried.double()
+    # Of this natural gradient alone s'As costs no further product: A s = b - residual. An estimate
+    # would have it too small, since the step makes use of its gaps.
+    image = (
+        damped(objective.product, step) if estimated or carried is not None else -gradient - rest
+    )
     curvature = float(step.dot(image))
     if not (math.isfinite(curvature) and curvature > 0):
-        return step, residual, Refusal.STEP_NOT_FINITE
-    return math.sqrt(2.0 * settings.max_kl / curvature) * step, residual, None
+        return FullStep(step, step, residual, Refusal.STEP_NOT_FINITE)
+    return FullStep(math.sqrt(2.0 * settings.max_kl / curvature) * step, step, residual, None)
 
 
 def trust_region_step(
@@ -214,22 +235,26 @@ def trust_region_step(
         objective: what falls.
         theta: where, (d,).
         settings: how.
-        earlier: what the step before followed, (d,), if momentum is to carry it on.
+        earlier: the direction of the step before, (d,), if momentum is to carry it on.
     """
     before, _ = objective.evaluate(theta)
-    followed = objective.gradient()
-    if settings.momentum and earlier is not None:
-        followed = followed + settings.momentum * earlier
-    gradient = followed.double()
-    if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
-        return theta, Report(before, before, 0.0, Refusal.LOSS_NOT_FINITE, 0, math.nan)
+    gradient = objective.gradient().double()
 
-    def refused(reason: Refusal, backtracks: int = 0, residual: float = math.nan) -> Report:
+    def refused(
+        reason: Refusal,
+        backtracks: int = 0,
+        residual: float = math.nan,
+        followed: Tensor | None = None,
+    ) -> Report:
         return Report(before, before, 0.0, reason, backtracks, residual, followed)
 
+    if not (math.isfinite(before) and bool(torch.isfinite(gradient).all())):
+        return theta, refused(Refusal.LOSS_NOT_FINITE)
     if float(gradient.norm()) == 0.0:
         return theta, refused(Refusal.GRADIENT_ZERO)
-    full, residual, complaint = full_step(objective, gradient, settings, theta.dtype)
+    full, followed, residual, complaint = full_step(
+        objective, gradient, settings, theta.dtype, earlier
+    )
     if complaint is not None:
         return theta, refused(complaint, residual=residual)
 
@@ -242,4 +267,4 @@ def trust_region_step(
     reason = Refusal.KL_TOO_LARGE if surrogate < before else Refusal.DID_NOT_FALL
     if not (math.isfinite(surrogate) and math.isfinite(kl)):
         reason = Refusal.CANDIDATE_NOT_FINITE
-    return theta, refused(reason, settings.backtracks, residual)
+    return theta, refused(reason, settings.backtracks, residual, followed)

@@ -494,6 +494,7 @@ def test_evaluation_settings_are_the_benchmarks_and_not_each_runs(whole: Path) -
     assert steps == {m: {"0"} if m == "oracle" else {"0", "1"} for m in METHODS}
 
 
+@pytest.mark.slow
 def test_a_method_that_breaks_down_is_told_and_left_out(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -551,6 +552,7 @@ def test_a_benchmarks_name_is_a_folders(name: str, capsys: pytest.CaptureFixture
     assert "since a folder is named after it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_oracle_that_breaks_down_is_left_out(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

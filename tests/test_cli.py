@@ -210,6 +210,7 @@ def test_a_foreign_envs_package_is_named(elsewhere: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_mujoco_without_batches_is_told_which_version_is_needed() -> None:
     """One sentence with the pip command that cures it, exit 2."""
     code = (

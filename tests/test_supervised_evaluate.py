@@ -158,6 +158,7 @@ def test_a_ruinous_step_size_is_never_chosen(curves: Subject) -> None:
         assert found.step_size == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_more_shots_in_the_test_are_a_step_of_the_same_scale(tmp_path: Path) -> None:
     """Cross-entropy over as many shots as the test has, though one was trained with."""
     one = subject(characters(tmp_path / "set", evaluation__tasks=3))

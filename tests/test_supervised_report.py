@@ -323,6 +323,7 @@ def test_images_stand_in_the_page(runs: Path) -> None:
     check_alone(text)
 
 
+@pytest.mark.slow
 def test_without_its_images_a_stored_test_is_shown(
     runs: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_adams_memory_matters(tmp_path: Path) -> None:
     assert not same(*ends)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_between_rows_can_be_extended(tmp_path: Path) -> None:
     """5 iterations, two a row: the last row is of one; then on to 7 without a word of warning."""
     meta_train(sinusoid(iterations=5), out=tmp_path / "run")
@@ -110,6 +111,7 @@ def test_a_run_that_ends_between_rows_can_be_extended(tmp_path: Path) -> None:
     assert same(load(tmp_path / "run").meta, meta_train(sinusoid(iterations=7)).meta)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_the_row_and_resuming_gives_the_same_run(tmp_path: Path) -> None:
     """The signal comes in iteration 2 of 6; iterations 2 and 3 are finished and saved."""
     whole = meta_train(sinusoid())
@@ -344,6 +346,7 @@ def test_a_run_short_of_memory_goes_on_with_as_few_tasks_when_resumed(
     assert RunFolder.open(tmp_path / "run").load().state.chunk_size == 1
 
 
+@pytest.mark.slow
 def test_another_length_of_rows_loses_none(tmp_path: Path) -> None:
     """Rows of two, and from iteration 4 on of three: no warning that some are lacking."""
     meta_train(sinusoid(iterations=4), out=tmp_path / "run")

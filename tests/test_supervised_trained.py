@@ -129,6 +129,7 @@ def test_asked_one_by_one_or_together_by_the_supports_statistics(tmp_path: Path)
         assert np.allclose(together, alone, atol=1e-5) is not transductive
 
 
+@pytest.mark.slow
 def test_more_examples_are_a_step_of_the_same_scale(tmp_path: Path) -> None:
     """Each twice is the same task, and the same step down the loss over shots."""
     learned = supervised.meta_train(characters(tmp_path / "set"))
@@ -230,6 +231,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
             load(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_images_may_move(tmp_path: Path) -> None:
     learned = supervised.meta_train(characters(tmp_path / "set"), out=tmp_path / "run")
     (tmp_path / "set").rename(tmp_path / "moved")

@@ -171,19 +171,19 @@ def test_momentum_is_carried_on_by_a_resumed_run(tmp_path: Path) -> None:
     assert same(whole.params, again.params)
 
 
-def test_a_gradient_of_other_parameters_is_not_carried_on(tmp_path: Path) -> None:
+def test_a_direction_of_other_parameters_is_not_carried_on(tmp_path: Path) -> None:
     """Nor one that is not finite, nor what another optimiser remembers."""
     experiment = load_experiment("navigation", **{**HEAVY, "iterations": 1})
     size = flatten(meta_train(experiment, out=tmp_path / "run").params).numel()
     found = RunFolder.open(tmp_path / "run").load()
     latest = tmp_path / "run" / "checkpoints" / "latest"
     for wrong in (
-        {"gradient": torch.zeros(size + 1)},
-        {"gradient": torch.full((size,), torch.nan)},
+        {"direction": torch.zeros(size + 1)},
+        {"direction": torch.full((size,), torch.nan)},
         {"moment": torch.zeros(size)},
     ):
         write_checkpoint(latest, found.theta, found.state, found.origin, wrong)
-        with pytest.raises(InputError, match=f"no gradient of its {size} parameters"):
+        with pytest.raises(InputError, match=f"no step of its {size} parameters"):
             resume(tmp_path / "run", iterations=2)
     write_checkpoint(latest, found.theta, found.state, found.origin, {})
     resume(tmp_path / "run", iterations=2)

@@ -203,39 +203,55 @@ def test_an_estimated_metric_gives_the_direction_and_the_true_one_the_length() -
     assert report.cg_residual < 1e-9
 
 
-def test_momentum_adds_to_the_gradient_what_was_followed_before() -> None:
-    """theta - sqrt(2 max_kl / m'H^-1 m) H^-1 m with m = g + .9 e; with none e is not read."""
-    objective, earlier = quadratic(), 2.0 * draw(D, seed=6)
-    heavy = replace(EXACT, momentum=0.9)
+@pytest.mark.parametrize("estimate", [None, symmetric(torch.linspace(0.1, 2.0, D), seed=8)])
+def test_momentum_adds_the_direction_of_the_step_before(estimate: Tensor | None) -> None:
+    """theta + sqrt(2 max_kl / v'Hv) v with v = .9 e - H^-1 g, by the metric's inverse where it is
+    estimated, but the length by H; with no momentum e is not read."""
+    objective, earlier = quadratic(estimate=estimate), 0.5 * draw(D, seed=6)
+    settings = replace(EXACT, metric_share=1.0 if estimate is None else 0.25)
+    heavy = replace(settings, momentum=0.9)
     theta, report = trust_region_step(objective, objective.theta, heavy, earlier)
-    followed = objective.slope + 0.9 * earlier
-    natural = torch.linalg.solve(objective.hessian, followed)
-    length = math.sqrt(2 * 0.01 / float(followed @ natural))
-    assert report.accepted
+    metric = objective.hessian if estimate is None else estimate
+    direction = 0.9 * earlier - torch.linalg.solve(metric, objective.slope)
+    step = math.sqrt(2 * 0.01 / float(direction @ objective.hessian @ direction)) * direction
+    assert (report.accepted, report.backtracks) == (True, 0)
     assert report.followed is not None
-    torch.testing.assert_close(report.followed, followed, rtol=0, atol=0)
-    torch.testing.assert_close(theta, objective.theta - length * natural, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(report.followed, direction, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(theta, objective.theta + step, rtol=1e-7, atol=1e-9)
     # The accepted point is judged by the surrogate itself.
-    fall = length * float(objective.slope @ natural)
-    assert math.isclose(report.surrogate_after, 3.0 - fall, rel_tol=1e-7)
-    first, _ = trust_region_step(objective, objective.theta, heavy)
-    plain, report = trust_region_step(objective, objective.theta, EXACT, earlier)
+    assert math.isclose(report.surrogate_after, 3.0 + float(objective.slope @ step), rel_tol=1e-7)
+    first, begun = trust_region_step(objective, objective.theta, heavy)
+    plain, report = trust_region_step(objective, objective.theta, settings, earlier)
     assert torch.equal(first, plain)
+    assert begun.followed is not None
     assert report.followed is not None
-    assert torch.equal(report.followed, objective.slope)
+    assert torch.equal(begun.followed, report.followed)
+
+
+def test_a_step_is_as_long_whatever_the_momentum_weighs() -> None:
+    """Its direction is kept before its length is found: .5 e and 50 e in the same direction."""
+    objective = quadratic()
+    natural = -torch.linalg.solve(objective.hessian, objective.slope)
+    heavy = replace(EXACT, momentum=0.5)
+    near, _ = trust_region_step(objective, objective.theta, heavy, natural)
+    far, report = trust_region_step(objective, objective.theta, heavy, 100.0 * natural)
+    torch.testing.assert_close(near, far, rtol=1e-7, atol=1e-9)
+    assert report.followed is not None
+    torch.testing.assert_close(report.followed, 51.0 * natural, rtol=1e-6, atol=1e-9)
 
 
 def test_momentum_against_the_gradient_is_refused_and_fades() -> None:
-    """What was followed points away from where the surrogate falls: theta stays, m' = g + .5 m,
-    and as soon as that is on the gradient's side the step is taken."""
+    """What was followed points away from where the surrogate falls: theta stays, v' = n + .5 v,
+    and as soon as that is on the natural gradient's side the step is taken."""
     objective = quadratic()
+    natural = -torch.linalg.solve(objective.hessian, objective.slope)
     heavy = replace(EXACT, momentum=0.5)
-    followed, expected = -5.0 * objective.slope, [-1.5, 0.25]
+    followed, expected = -5.0 * natural, [-1.5, 0.25]
     for share in expected:
         theta, report = trust_region_step(objective, objective.theta, heavy, followed)
         assert report.followed is not None
         followed = report.followed
-        torch.testing.assert_close(followed, share * objective.slope)
+        torch.testing.assert_close(followed, share * natural, rtol=1e-6, atol=1e-9)
         assert (theta is objective.theta) == (share < 0)
         assert report.refused_because == (Refusal.DID_NOT_FALL if share < 0 else "")
 

@@ -109,10 +109,10 @@ def gradients_and_steps(run: Path, batches: int) -> tuple[Tensor, dict[Variant, 
                 damping=variant.damping,
                 cg_iterations=variant.cg_iterations,
             )
-            step, _, complaint = full_step(objective, gradient, way, torch.float32)
-            if complaint is not None:
-                sys.exit(f"no step can be found: {complaint}")
-            steps[variant].append(step)
+            full = full_step(objective, gradient, way, torch.float32)
+            if full.complaint is not None:
+                sys.exit(f"no step can be found: {full.complaint}")
+            steps[variant].append(full.step)
             if variant is wanted[0]:
                 gradients.append(gradient)
     return torch.stack(gradients), {name: torch.stack(found) for name, found in steps.items()}
