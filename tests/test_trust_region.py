@@ -51,12 +51,15 @@ class Quadratic:
     """What the metric says in place of H; None where it must not be asked."""
     seen: list[Tensor] = field(default_factory=list)
     """Candidates evaluated, theta first."""
+    products: int = 0
+    """Asked for."""
 
     def gradient(self) -> Tensor:
         return self.slope
 
     def product(self, vector: Tensor) -> Tensor:
         assert vector.dtype == self.theta.dtype
+        self.products += 1
         return self.hessian.to(vector.dtype) @ vector
 
     def metric(self, vector: Tensor) -> Tensor:
@@ -221,8 +224,11 @@ def test_momentum_adds_the_direction_of_the_step_before(estimate: Tensor | None)
     # The accepted point is judged by the surrogate itself.
     assert math.isclose(report.surrogate_after, 3.0 + float(objective.slope @ step), rel_tol=1e-7)
     first, begun = trust_region_step(objective, objective.theta, heavy)
+    objective.products = 0
     plain, report = trust_region_step(objective, objective.theta, settings, earlier)
     assert torch.equal(first, plain)
+    # With the residual no product is needed for the length.
+    assert objective.products == (D if estimate is None else 1)
     assert begun.followed is not None
     assert report.followed is not None
     assert torch.equal(begun.followed, report.followed)
