@@ -30,7 +30,8 @@ class TrustRegionSettings:
     metric_share: float = 1.0
     """Share of the tasks that these products are of; 1 is the paper's. At least so many, in groups
     of four where that divides the tasks; the gradient, one product for the step's length, and the
-    line search have all tasks. Saves nothing where all go through together, as on a GPU."""
+    line search have all tasks. For policies without an inner step: of few tasks adapted to it makes
+    the step worse. Saves nothing where all go through together, as on a GPU."""
     damping: float = 1e-5
     """Multiple of the identity added to the Fisher matrix."""
     backtracks: int = 15

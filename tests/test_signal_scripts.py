@@ -65,20 +65,29 @@ def test_a_steps_slope_is_what_the_surrogate_falls_by(
     )
     trained = meta_train(experiment, out=tmp_path / "run")
     found = script("outer_signal")
-    gradients, steps = found["gradients_and_steps"](tmp_path / "run", 3)
+    gradients, steps, natural, one, summed = found["measure"](tmp_path / "run", 3)
     own, *others = found["variants"](experiment)
-    assert own == (1.0, 1e-3, 10)
+    assert own == (1.0, 1e-3, 10, 1.0)
     assert len(steps) == 1 + len(others)
     theta = flatten(trained.params)
     batches = found["adapted_batches"](tmp_path / "run", 3)
-    for (adapted, inner, chunks), gradient, step in zip(
-        batches, gradients, steps[own], strict=True
-    ):
+    for number, (adapted, inner, chunks) in enumerate(batches):
+        gradient, step = gradients[number], steps[own][number]
         objective = adapted.objective(inner, chunks)
         before, _ = objective.evaluate(theta)
         after, kl = objective.evaluate(theta + step.float())
         assert kl == pytest.approx(1e-6, rel=0.05)
         assert after - before == pytest.approx(float(gradient @ step), rel=0.05)
+        if number:
+            earlier = natural[:number]
+            falls = []
+            for direction in (*earlier, earlier.sum(0)):
+                # Short, so that its divergence is that of the metric.
+                short = direction * (step.norm() / direction.norm())
+                _, kl = objective.evaluate(theta + short.float())
+                falls.append(float(gradient @ short) * (1e-6 / kl) ** 0.5)
+            assert one[number - 1] == pytest.approx(sum(falls[:-1]) / number, rel=0.05)
+            assert summed[number - 1] == pytest.approx(falls[-1], rel=0.05)
     slopes = gradients @ steps[own].T
     assert bool((slopes.diagonal() < 0).all())
     assert slopes.diagonal().mean() < (slopes.sum() - slopes.diagonal().sum()) / 6
@@ -88,5 +97,6 @@ def test_a_steps_slope_is_what_the_surrogate_falls_by(
             assert (gradients @ steps[variant].T).trace() >= slopes.trace()
     found["main"](tmp_path / "run", 2)
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("lambda  damping  products")
-    assert lines[0].split()[:3] == ["1.00", "0.001", "10"]
+    assert head.startswith("lambda  damping  products  share")
+    assert lines[0].split()[:4] == ["1.00", "0.001", "10", "1.00"]
+    assert [line.split(":")[0].split()[1] for line in lines[-2:]] == ["one", "the"]

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from maml_rl.config import shipped_policies
 from maml_rl.paper import paper_returns
 from maml_rl.runs import read_metrics
@@ -201,7 +203,10 @@ TRIED: Mapping[str, Mapping[str, str]] = {
             "the same, from 49 on discount .99, lambda .95, from 82 on lambda .98"
         ),
         "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
-        "unfinished/ant_dir-seed0": "the third, from iteration 101 on momentum .9",
+        "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
+        "ant_dir_variants/from_358_alpha15": "that, from iteration 358 on step size .15",
+        "unfinished/ant_dir-seed0": "that, from iteration 358 on step size .1",
+        "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
         "ant_dir_variants/from_122_momentum95_m10": (
             "that, from iteration 122 on momentum .95, 10 tasks in place of 20"
         ),
@@ -310,11 +315,56 @@ def inner_signal() -> str:
 def outer_signal() -> str:
     """Return the slopes along a step of the ant's, on its own batch and on others."""
     rows = []
-    for line in (RESULTS / "outer_signal.txt").read_text(encoding="utf-8").splitlines()[2:]:
-        gae_lambda, damping, products, own, _, own_error, others, _, error = line.split()
-        rows.append([gae_lambda, damping, products, f"{own} ± {own_error}", f"{others} ± {error}"])
-    head = ["lambda after adapting", "damping", "products", "on its own batch", "on the others"]
-    return table(head, rows)
+    text = (RESULTS / "outer_signal.txt").read_text(encoding="utf-8")
+    first, momentum = text.split("\n\n")
+    for line in first.splitlines()[2:]:
+        *settings, own, _, own_error, others, _, error = line.split()
+        rows.append([*settings, f"{own} ± {own_error}", f"{others} ± {error}"])
+    head = ["lambda after adapting", "damping", "products", "share of the tasks in them"]
+    slopes = table([*head, "on its own batch", "on the others"], rows)
+    lines = (line.partition(": ") for line in momentum.splitlines())
+    cells = [[name, value.replace("+-", "±")] for name, _, value in lines]
+    return "\n\n".join([slopes, table(["of .03 nats by the later batch's metric", ""], cells)])
+
+
+PHASES = {
+    71: "",
+    101: "momentum of gradients, .9",
+    122: "the sum begun anew",
+    166: "products of 8 of the 20 tasks",
+    292: "of all again",
+    308: "momentum of natural gradients",
+    358: "step size .1",
+}
+"""Iterations from which the ant was trained in another way."""
+
+
+def ant_slopes() -> str:
+    """Return by how much the ant's return rose an iteration, by a straight line."""
+    found = read_metrics(RESULTS / "unfinished" / "ant_dir-seed0" / "metrics.csv")["return_1"]
+    rows = []
+    for (begin, what), end in zip(PHASES.items(), [*list(PHASES)[1:], len(found)], strict=True):
+        (slope, _), spread = np.polyfit(np.arange(end - begin), found[begin:end], 1, cov=True)
+        cells = [f"{begin} to {end - 1}", f"{slope:+.1f} ± {spread[0, 0] ** 0.5:.1f}"]
+        rows.append([*cells, f"{np.mean(found[end - 10 : end]):.0f}", what])
+    return table(["iterations", "an iteration", "mean of the last ten", "from there on"], rows)
+
+
+def step_sizes() -> str:
+    """Return what one step of other sizes gives of the ant's policies."""
+    rows: dict[str, list[str]] = {}
+    sizes: list[str] = []
+    for line in (RESULTS / "ant_dir_variants" / "step_sizes.txt").read_text().splitlines():
+        match line.split():
+            case ["$", "maml-rl", "evaluate", run, *_]:
+                cells = rows.setdefault(run.rpartition("_")[2], [])
+                sizes = []
+            case ["maml", size, "0", before, _]:
+                sizes.append(size)
+                cells[:1] = [before]
+            case ["1", after, _]:
+                cells.append(after)
+    return table(["iterations", "before", *sizes], [[name, *cells] for name, cells in rows.items()])
 
 
 CURVES = {
@@ -331,7 +381,8 @@ CURVES = {
 
 def sinusoid() -> str:
     """Return the errors from 5 points of the runs on sine curves, with the paper's."""
-    rows, papers = [], {}
+    rows: list[list[str]] = []
+    papers: dict[tuple[str, int], float] = {}
     for folder, name in CURVES.items():
         found = summary(f"sinusoid/{folder}/evaluation")
         # The oracle is not adapted, so the number of points is of no matter to it.
@@ -421,6 +472,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "supervised training": supervised_training,
     "plan": plan,
     "outer signal": outer_signal,
+    "ant slopes": ant_slopes,
+    "step sizes": step_sizes,
     **{f"tried {name}": partial(tried, name) for name in TRIED},
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }

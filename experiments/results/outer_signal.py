@@ -8,6 +8,10 @@ natural-gradient step (of the length that `max_kl` allows), on the batch itself 
 batches, whose surrogates have the run's own lambda. Where the second is 0 the policy is at a
 stationary point, or the batches are too small to see a slope; more iterations of the same kind do
 not help. Where it is small beside the first most of a step is noise.
+
+Then what momentum makes of it: the slope on each batch along the step of one batch before it, and
+along the sum of all batches' natural gradients before it, both of the length that the batch's own
+metric allows.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +46,7 @@ class Variant(NamedTuple):
     """Of the episodes after adaptation; inner steps keep the run's."""
     damping: float
     cg_iterations: int
+    metric_share: float = 1.0
 
 
 def variants(experiment: Experiment[TaskFamily]) -> list[Variant]:
@@ -52,6 +57,7 @@ def variants(experiment: Experiment[TaskFamily]) -> list[Variant]:
         own._replace(damping=0.1),
         *(own._replace(cg_iterations=value) for value in (1, 4)),
         *(own._replace(gae_lambda=value) for value in (1.0, 0.9)),
+        *(own._replace(metric_share=value) for value in (0.5, 0.25)),
     ]
     return list(dict.fromkeys([own, *others]))
 
@@ -84,59 +90,105 @@ def adapted_batches(run: Path, batches: int) -> Iterator[tuple[Adapted, InnerSte
     sampler.close()
 
 
-def gradients_and_steps(run: Path, batches: int) -> tuple[Tensor, dict[Variant, Tensor]]:
-    """Return the surrogate's gradient on each batch, (B, d), and the steps, each (B, d)."""
+class Signal(NamedTuple):
+    """What B batches say of each other's steps."""
+
+    gradients: Tensor
+    """(B, d) float64: of the surrogate on each batch."""
+    steps: Mapping[Variant, Tensor]
+    """(B, d) float64 each: the steps computed from each batch."""
+    natural: Tensor
+    """(B, d) float64: natural gradients by the run's own settings, the steps before their length
+    was found."""
+    one: list[float]
+    """Slopes on each batch but the first along one earlier batch's step: means over those."""
+    summed: list[float]
+    """Slopes on each batch but the first along all earlier batches' natural gradients."""
+
+
+def measure(run: Path, batches: int) -> Signal:
+    """Sample batches, and find the steps of each and their slopes."""
     experiment = load(run).experiment
     wanted = variants(experiment)
     gradients: list[Tensor] = []
+    natural: list[Tensor] = []
     steps: dict[Variant, list[Tensor]] = {variant: [] for variant in wanted}
+    one: list[float] = []
+    summed: list[float] = []
     for adapted, inner, chunks in adapted_batches(run, batches):
-        objectives: dict[float, tuple[MetaObjective, Tensor]] = {}
+        # By what an objective is made of; one at a time, since each keeps its graphs.
+        objectives: dict[tuple[float, float], tuple[MetaObjective, Tensor]] = {}
         for variant in wanted:
-            if variant.gae_lambda not in objectives:
+            made_of = (variant.gae_lambda, variant.metric_share)
+            if made_of not in objectives:
                 settings = replace(experiment.advantages, gae_lambda=variant.gae_lambda)
                 estimated, _ = estimate_in_chunks(adapted.episodes[-1], settings, chunks)
                 outer = pack(adapted.episodes[-1], estimated)
-                # One at a time, since each keeps its graphs.
                 objective = replace(adapted, batches=(*adapted.batches[:-1], outer)).objective(
-                    inner, chunks
+                    inner, chunks, metric_share=variant.metric_share
                 )
-                objectives = {variant.gae_lambda: (objective, objective.gradient().double())}
-            objective, gradient = objectives[variant.gae_lambda]
+                objectives = {made_of: (objective, objective.gradient().double())}
+            objective, gradient = objectives[made_of]
             way = replace(
                 experiment.trust_region,
-                metric_share=1.0,
+                metric_share=variant.metric_share,
                 damping=variant.damping,
                 cg_iterations=variant.cg_iterations,
+                momentum=0.0,
             )
             full = full_step(objective, gradient, way, torch.float32)
             if full.complaint is not None:
                 sys.exit(f"no step can be found: {full.complaint}")
             steps[variant].append(full.step)
-            if variant is wanted[0]:
-                gradients.append(gradient)
-    return torch.stack(gradients), {name: torch.stack(found) for name, found in steps.items()}
+            if variant is not wanted[0]:
+                continue
+            if natural:
+
+                def slope(
+                    direction: Tensor,
+                    objective: MetaObjective = objective,
+                    gradient: Tensor = gradient,
+                ) -> float:
+                    squared = float(direction @ objective.product(direction.float()).double())
+                    length = math.sqrt(2.0 * experiment.trust_region.max_kl / squared)
+                    return length * float(gradient @ direction)
+
+                one.append(statistics.fmean(slope(earlier) for earlier in natural))
+                summed.append(slope(torch.stack(natural).sum(0)))
+            gradients.append(gradient)
+            natural.append(full.followed)
+    return Signal(
+        torch.stack(gradients),
+        {name: torch.stack(found) for name, found in steps.items()},
+        torch.stack(natural),
+        one,
+        summed,
+    )
 
 
 def with_error(values: list[float]) -> str:
     """Return a mean with its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    # Of one value there is none.
+    error = statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else math.nan
     return f"{statistics.fmean(values):+.4f} +- {error:.4f}"
 
 
 def main(run: Path, batches: int) -> None:
     """Print the slopes."""
-    gradients, steps = gradients_and_steps(run, batches)
-    print("lambda  damping  products  on its own batch   on other batches")
-    for variant, found in steps.items():
-        slopes = gradients @ found.T
+    signal = measure(run, batches)
+    print("lambda  damping  products  share  on its own batch   on other batches")
+    for variant, found in signal.steps.items():
+        slopes = signal.gradients @ found.T
         own = slopes.diagonal()
         # A step's slopes on the others are one reading: they share its noise.
         others = (slopes.sum(0) - own) / (batches - 1)
         print(
-            f"{variant.gae_lambda:6.2f} {variant.damping:8g} {variant.cg_iterations:9d}  "
+            f"{variant.gae_lambda:6.2f} {variant.damping:8g} {variant.cg_iterations:9d} "
+            f"{variant.metric_share:6.2f}  "
             f"{with_error(own.tolist())}  {with_error(others.tolist())}"
         )
+    print(f"\nalong one earlier batch's step: {with_error(signal.one)}")
+    print(f"along the sum of all earlier batches' natural gradients: {with_error(signal.summed)}")
 
 
 if __name__ == "__main__":
