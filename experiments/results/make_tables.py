@@ -204,8 +204,10 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         ),
         "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
         "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
-        "ant_dir_variants/from_358_alpha15": "that, from iteration 358 on step size .15",
-        "unfinished/ant_dir-seed0": "that, from iteration 358 on step size .1",
+        "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
+        "unfinished/ant_dir-seed0": (
+            "the one of 358, from there on step size .1, from iteration 423 on .05"
+        ),
         "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
         "ant_dir_variants/from_122_momentum95_m10": (
             "that, from iteration 122 on momentum .95, 10 tasks in place of 20"
@@ -253,11 +255,11 @@ class Planned(NamedTuple):
 
 
 PLAN: Mapping[str, Planned] = {
-    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 6.7, 2.4),
-    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 18.9, 8.5),
-    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 3.5, 1.2),
-    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 19.6, 9.3),
-    "navigation": Planned("20 x 20", "unfinished/navigation-seed0", 1.4, 0.6),
+    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 10.8, 2.4),
+    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 28.3, 8.5),
+    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 5.7, 1.2),
+    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 26.7, 9.3),
+    "navigation": Planned("20 x 20", "unfinished/navigation-seed0", 2.5, 0.6),
 }
 """By family, in the order in which they are run."""
 ITERATIONS = 600
@@ -335,6 +337,8 @@ PHASES = {
     292: "of all again",
     308: "momentum of natural gradients",
     358: "step size .1",
+    386: "",
+    423: "step size .05",
 }
 """Iterations from which the ant was trained in another way."""
 
