@@ -481,6 +481,7 @@ def test_settings_on_the_command_line_win(
     assert base.adaptation.step_size == 0.5
 
 
+@pytest.mark.slow
 def test_evaluation_settings_are_the_benchmarks_and_not_each_runs(whole: Path) -> None:
     """Runs that were trained with others are tested by what is asked for now, all by the same."""
     words = ["--evaluation.steps", "1", "--evaluation.episodes", "4", "--evaluation.tasks", "2"]

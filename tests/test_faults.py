@@ -765,6 +765,7 @@ def out_of_memory(times: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_chunk_and_repeats_the_iteration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def test_methods_are_called_by_what_they_do(
     assert method_of(sinusoid(**changed), iterations) == name
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tested_is_refused(tmp_path: Path, curves: Subject) -> None:
     root = tmp_path / "set"
     supervised.meta_train(characters(root), out=tmp_path / "characters")

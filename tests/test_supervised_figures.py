@@ -258,6 +258,7 @@ def test_learning_curves_are_the_metrics(tested: list[Outcome]) -> None:
     assert first.get_ylim()[0] <= min(metrics["validation_error_1"])
 
 
+@pytest.mark.slow
 def test_images_show_what_they_are_taken_for(characters: Outcome) -> None:
     """A row of the images to adapt to, then of others before and after, framed right or wrong."""
     tasks = pictured(characters)
@@ -278,6 +279,7 @@ def test_images_show_what_they_are_taken_for(characters: Outcome) -> None:
     assert axes[12].get_ylabel() == "after 2 steps:\n33% right"
 
 
+@pytest.mark.slow
 def test_guesses_are_those_of_the_network(characters: Outcome) -> None:
     """By hand: adapted to the images to adapt to, asked about the others together."""
     task: Pictured = pictured(characters)[1]

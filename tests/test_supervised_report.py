@@ -299,6 +299,7 @@ def test_a_run_called_like_a_script_is_shown_as_that(runs: Path) -> None:
     assert names[:2] == [EVIL, f"{EVIL}b"]
 
 
+@pytest.mark.slow
 def test_images_stand_in_the_page(runs: Path) -> None:
     """With what they are taken for in words; a table for both kinds of batch normalisation."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")

@@ -219,6 +219,7 @@ def test_numbers_that_are_not_finite_change_nothing_and_end_the_run(tmp_path: Pa
     trainer.close()
 
 
+@pytest.mark.slow
 def test_refused_updates_end_a_run_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +405,7 @@ def test_a_run_can_begin_with_anothers_parameters(tmp_path: Path) -> None:
         meta_train(sinusoid(network__layers=[5]), init=tmp_path / "first")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     meta_train(sinusoid(), out=tmp_path / "run")
     with pytest.raises(InputError, match="has done 6 iterations"):

@@ -70,6 +70,7 @@ def test_adapting_is_the_inner_step_and_asking_leaves_it_alone() -> None:
         adapted(np.zeros((3, 2)))
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_learns_lines(tmp_path: Path) -> None:
     """The error after adapting falls to a fifth; the module given is left as it was."""
     network = module()
