@@ -203,6 +203,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
             "the same, from 49 on discount .99, lambda .95, from 82 on lambda .98"
         ),
         "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
+        "ant_dir_variants/from_265_kl01": "the next one, from iteration 265 on .01 nats",
         "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
         "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
         "unfinished/ant_dir-seed0": (
@@ -210,7 +211,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         ),
         "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
         "ant_dir_variants/from_122_momentum95_m10": (
-            "that, from iteration 122 on momentum .95, 10 tasks in place of 20"
+            "the third with momentum .9, from iteration 122 on .95 and 10 tasks in place of 20"
         ),
     },
     "half_cheetah_dir from 600": {

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,14 @@ class Signal(NamedTuple):
     """Slopes on each batch but the first along all earlier batches' natural gradients."""
 
 
+def slope_along(
+    objective: MetaObjective, gradient: Tensor, max_kl: float, direction: Tensor
+) -> float:
+    """Return the surrogate's slope along a direction (d,), as far as `max_kl` allows here."""
+    squared = float(direction @ objective.product(direction.float()).double())
+    return math.sqrt(2.0 * max_kl / squared) * float(gradient @ direction)
+
+
 def measure(run: Path, batches: int) -> Signal:
     """Sample batches, and find the steps of each and their slopes."""
     experiment = load(run).experiment
@@ -143,17 +152,8 @@ def measure(run: Path, batches: int) -> Signal:
             if variant is not wanted[0]:
                 continue
             if natural:
-
-                def slope(
-                    direction: Tensor,
-                    objective: MetaObjective = objective,
-                    gradient: Tensor = gradient,
-                ) -> float:
-                    squared = float(direction @ objective.product(direction.float()).double())
-                    length = math.sqrt(2.0 * experiment.trust_region.max_kl / squared)
-                    return length * float(gradient @ direction)
-
-                one.append(statistics.fmean(slope(earlier) for earlier in natural))
+                slope = partial(slope_along, objective, gradient, experiment.trust_region.max_kl)
+                one.append(statistics.fmean(map(slope, natural)))
                 summed.append(slope(torch.stack(natural).sum(0)))
             gradients.append(gradient)
             natural.append(full.followed)
