@@ -35,10 +35,16 @@ from tests.outcomes import outcome
 from tests.tiny import SETTINGS
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
-KEPT = sorted(
-    str((p.parent.parent if p.parent.name == "evaluation" else p.parent).relative_to(RESULTS))
+TESTED = {
+    p.parent.parent if p.parent.name == "evaluation" else p.parent
     for p in RESULTS.rglob("evaluation.csv")
     if p.read_text().startswith("family,")
+}
+KEPT = sorted(
+    str(folder.relative_to(RESULTS))
+    for folder in TESTED
+    # Of some variants only the figures are kept.
+    if (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file()
 )
 """Folders of runs and benchmarks of policies."""
 TOLD = {"adaptation__inner_steps": 0, "policy__observe_task": True}
