@@ -65,7 +65,7 @@ class Subject:
     @property
     def alpha(self) -> float:
         """Its own step size."""
-        return self.trained.experiment.adaptation.step_size
+        return self.trained.adaptation.step_size
 
     @property
     def family(self) -> TaskFamily:
@@ -180,7 +180,7 @@ def evaluate_policy(
         RunStopped: if memory does not suffice.
     """
     experiment = trained.experiment
-    settings, adaptation = experiment.evaluation, experiment.adaptation
+    settings, adaptation = experiment.evaluation, trained.adaptation
     if tasks is not None:
         settings = replace(settings, tasks=len(tasks.tasks))
     kept = replace(settings, tasks=len(range(settings.tasks)[part]))
@@ -234,13 +234,13 @@ def trials_here(trials: Sequence[Trial]) -> Iterator[Evaluation | BrokenDown]:
 
 
 def with_step_size(adaptation: AdaptationSettings, size: float) -> AdaptationSettings:
-    """Return settings of the inner step with another alpha.
+    """Return settings of the inner step with another alpha, in every iteration.
 
     Raises:
         InputError: if it is out of its range.
     """
     try:
-        return replace(adaptation, step_size=size)
+        return replace(adaptation, step_size=size, later_from=(), later_step_sizes=())
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -291,7 +291,7 @@ def choose_step_sizes(
     Raises:
         RunStopped: if memory does not suffice.
     """
-    alpha = subjects[0].trained.experiment.adaptation.step_size
+    alpha = next((s for s in subjects if s.method == MAML), subjects[0]).alpha
     own: Mapping[Method, float] = {
         MAML: alpha,
         PRETRAINED: benchmark.pretrained_step_size or alpha,

@@ -26,7 +26,7 @@ from maml_rl.checkpoints import Origin
 from maml_rl.devices import Device, Physics
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import EvaluationSettings
-from maml_rl.maml import AdaptationSettings
+from maml_rl.maml import MAX_ITERATION, AdaptationSettings
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.policy import PolicySettings
 from maml_rl.sampler import SamplingSettings
@@ -79,7 +79,7 @@ class Experiment(Generic[F]):
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
         for name, least, most in (
-            ("iterations", 0, 10**9),
+            ("iterations", 0, MAX_ITERATION),
             ("threads", 0, 1024),
             ("max_refused", 1, 10**9),
         ):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -29,6 +29,9 @@ from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_r
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
 """Why an update was refused before it was begun."""
+MAX_ITERATION = 10**9
+MAX_STEP_SIZE = 1e6
+"""Beyond which alpha is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class AdaptationSettings:
     """Gradient steps to each task; 0 is plain TRPO over the mixture of tasks."""
     step_size: float = 0.1
     """alpha, in parameter units per unit of gradient."""
+    later_from: tuple[int, ...] = ()
+    """Iterations from which on alpha is another: as a policy acts with less noise, its inner
+    gradients grow."""
+    later_step_sizes: tuple[float, ...] = ()
+    """alpha from each of them on."""
     inner_loss: Literal["log-prob", "likelihood-ratio", "dice"] = "log-prob"
     """log-prob: the paper's. likelihood-ratio: ProMP's. dice: Loaded DiCE."""
     first_order: bool = False
@@ -48,15 +56,28 @@ class AdaptationSettings:
         """Check ranges."""
         if self.inner_steps < 0:
             raise ValueError(f"adaptation.inner_steps must be at least 0, got {self.inner_steps}")
-        if not 0 < self.step_size < float("inf"):
+        if self.inner_steps > 100:
+            raise ValueError(f"adaptation.inner_steps must be at most 100, got {self.inner_steps}")
+        check_step_size("step_size", self.step_size)
+        for size in self.later_step_sizes:
+            check_step_size("later_step_sizes", size)
+        starts = (0, *self.later_from, MAX_ITERATION + 1)
+        if any(a >= b for a, b in itertools.pairwise(starts)):
             raise ValueError(
-                f"adaptation.step_size must be finite and above 0, got {self.step_size}"
+                f"adaptation.later_from must be iterations from 1 to {MAX_ITERATION}, each later "
+                f"than the one before, got {list(self.later_from)}"
             )
-        for name, most in (("inner_steps", 100), ("step_size", 1e6)):
-            if getattr(self, name) > most:
-                raise ValueError(
-                    f"adaptation.{name} must be at most {most:g}, got {getattr(self, name)}"
-                )
+        if len(self.later_from) != len(self.later_step_sizes):
+            raise ValueError(
+                "adaptation.later_step_sizes must be one for each of adaptation.later_from, got "
+                f"{len(self.later_step_sizes)} for {len(self.later_from)}"
+            )
+
+    def at(self, iteration: int) -> AdaptationSettings:
+        """Return these settings as they are in one iteration, its alpha for good."""
+        begun = sum(start <= iteration for start in self.later_from)
+        alpha = (self.step_size, *self.later_step_sizes)[begun]
+        return replace(self, step_size=alpha, later_from=(), later_step_sizes=())
 
     def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:
         """Return the step these settings describe, with another step size if given."""
@@ -66,6 +87,14 @@ class AdaptationSettings:
             self.step_size if step_size is None else step_size,
             self.first_order,
         )
+
+
+def check_step_size(name: str, size: float) -> None:
+    """Raise ValueError for a step size that is out of its range."""
+    if not 0 < size < float("inf"):
+        raise ValueError(f"adaptation.{name} must be finite and above 0, got {size}")
+    if size > MAX_STEP_SIZE:
+        raise ValueError(f"adaptation.{name} must be at most {MAX_STEP_SIZE:g}, got {size}")
 
 
 class InnerStepError(ArithmeticError):

@@ -124,6 +124,7 @@ class Shard:
         self.tasks = tasks
         self._start = 0
         self._experiment = experiment
+        self._policy = policy
         self._inner = experiment.adaptation.inner_step(policy)
         # How many may break down is judged of the whole batch.
         self._sampler = make_sampler(experiment, policy, tasks, max_diverged=1.0)
@@ -140,6 +141,7 @@ class Shard:
         self.forget()
         self._start = start
         experiment = self._experiment
+        self._inner = experiment.adaptation.at(iteration).inner_step(self._policy)
         sample = collector(experiment, self._sampler, iteration, start, stop)
         divergences: list[Divergence | None] = []
 

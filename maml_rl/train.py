@@ -128,7 +128,7 @@ class Local:
                 self.policy,
                 collector(experiment, self.sampler, iteration, 0, M),
                 M,
-                adaptation=experiment.adaptation,
+                adaptation=experiment.adaptation.at(iteration),
                 advantages=experiment.advantages,
                 trust_region=experiment.trust_region,
                 chunks=self.chunks,
@@ -316,7 +316,7 @@ class Trainer:
         momentum = experiment.trust_region.momentum
         fading = f", or a smaller trust_region.momentum (now {momentum:g})"
         return ADVICE[reason].format(
-            alpha=experiment.adaptation.step_size,
+            alpha=experiment.adaptation.at(int(row["iteration"])).step_size,
             tasks=experiment.sampling.tasks,
             episodes=experiment.sampling.episodes,
             **asdict(experiment.trust_region),
@@ -488,4 +488,4 @@ def _finish(
         if folder is not None:
             stack.enter_context(folder)
         run(trainer, folder, watch)
-        return replace(policy, params=trainer.theta)
+        return replace(policy, params=trainer.theta, iteration=trainer.state.iteration)

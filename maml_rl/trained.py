@@ -37,6 +37,7 @@ from maml_rl.devices import (
 )
 from maml_rl.errors import InputError, RunWarning
 from maml_rl.evaluate import adapt_to_tasks, step_sizes
+from maml_rl.maml import AdaptationSettings
 from maml_rl.memory import check_policy_memory
 from maml_rl.plain_yaml import leaves, parse_yaml
 from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
@@ -58,7 +59,14 @@ class TrainedPolicy:
     """theta, or theta' of one task."""
     task: npt.NDArray[np.float32] | None = None
     """(P,): the task that it was adapted to."""
+    iteration: int = 0
+    """Iterations that theta was trained for, which say what its alpha is."""
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0), repr=False)
+
+    @property
+    def adaptation(self) -> AdaptationSettings:
+        """How it adapts: the experiment's settings as they are in its iteration."""
+        return self.experiment.adaptation.at(self.iteration)
 
     def adapt(
         self,
@@ -71,8 +79,7 @@ class TrainedPolicy:
     ) -> TrainedPolicy:
         """Return the policy after `steps` gradient steps on episodes of one task.
 
-        The step size is the experiment's alpha, and less after the first updates, as in
-        evaluation.
+        The step size is the policy's alpha, and less after the first updates, as in evaluation.
 
         Args:
             family: whose task it is; its observations and actions must be those trained on.
@@ -123,9 +130,9 @@ class TrainedPolicy:
                 self.params,
                 sampler,
                 family.check_task(task)[None],
-                adaptation=experiment.adaptation,
+                adaptation=self.adaptation,
                 advantages=experiment.advantages,
-                sizes=step_sizes(experiment.adaptation, settings),
+                sizes=step_sizes(self.adaptation, settings),
                 stream=TRAINING,
                 seed=seed,
                 chunks=chunks,
@@ -283,7 +290,7 @@ def restore(
             RunWarning,
             stacklevel=3,
         )
-    return replace(fresh, params=theta), found
+    return replace(fresh, params=theta, iteration=found.state.iteration), found
 
 
 def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:

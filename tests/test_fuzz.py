@@ -75,6 +75,8 @@ RANGES = {
     "advantages.gae_lambda": Range(0.0, 1.0),
     "adaptation.inner_steps": Range(0, 100),
     "adaptation.step_size": Range(5e-324, 1e6),
+    "adaptation.later_from": Range(1, 10**9),
+    "adaptation.later_step_sizes": Range(5e-324, 1e6),
     "trust_region.max_kl": Range(5e-324, 1e6),
     "trust_region.cg_iterations": Range(1, 10**4),
     "trust_region.metric_share": Range(5e-324, 1.0),
@@ -106,6 +108,8 @@ RANGES = {
     "family.goal_radius": Range(0.0, 1e6),
 }
 """Written down here a second time, so that a bound that is lost is noticed."""
+MAY_BE_EMPTY = ("policy.layers", "adaptation.later_from", "adaptation.later_step_sizes")
+"""Lists of any length."""
 
 
 @lru_cache
@@ -411,7 +415,7 @@ def wrong_flags(draw: st.DrawFn) -> Broken:
     flag = f"--{draw(st.sampled_from((path, path.replace('_', '-'))))}"
     uses = {
         (f"{flag}={value}", *["1"] * (length - 1)): last(path),
-        (flag, "--seed=1"): last(path) if path != "policy.layers" else "",
+        (flag, "--seed=1"): last(path) if path not in MAY_BE_EMPTY else "",
         (f"{flag}.deeper={value}",): last(path),
         (f"{flag}s={value}",): f"{last(path)}s",
         (f"--family.name={value}",): "family.name",

@@ -444,6 +444,16 @@ def test_tasks_are_cut_and_joined_again() -> None:
     assert equal(parts[1], {name: p[[2]] for name, p in params.items()})
 
 
+def test_each_iteration_has_its_alpha() -> None:
+    """The first of them too from which on it is another; and then for good."""
+    settings = AdaptationSettings(
+        step_size=0.3, later_from=(2, 5), later_step_sizes=(0.1, 0.2), inner_loss="dice"
+    )
+    found = [settings.at(iteration) for iteration in range(7)]
+    assert [one.step_size for one in found] == [0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 0.2]
+    assert found[3] == AdaptationSettings(step_size=0.1, inner_loss="dice")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -459,6 +469,20 @@ def test_tasks_are_cut_and_joined_again() -> None:
         (
             lambda: AdaptationSettings(step_size=math.nan),
             "step_size must be finite and above 0, got nan",
+        ),
+        (lambda: AdaptationSettings(step_size=2e6), "step_size must be at most 1e.06, got 2000000"),
+        (
+            lambda: AdaptationSettings(later_from=(3,), later_step_sizes=(0.0,)),
+            "later_step_sizes must be finite and above 0, got 0.0",
+        ),
+        (
+            lambda: AdaptationSettings(later_from=(3, 3), later_step_sizes=(0.2, 0.1)),
+            "each later than the one before, got .3, 3.",
+        ),
+        (lambda: AdaptationSettings(later_from=(0,), later_step_sizes=(0.1,)), "from 1 to"),
+        (
+            lambda: AdaptationSettings(later_from=(3, 4), later_step_sizes=(0.1,)),
+            "later_step_sizes must be one for each of adaptation.later_from, got 1 for 2",
         ),
     ],
 )

@@ -397,6 +397,14 @@ def test_unusual_settings_of_the_update_are_shown_and_usual_ones_left_out() -> N
     assert [both[name] for name in names] == [["0.9", ""], ["0.25", ""]]
 
 
+def test_all_that_alpha_will_be_is_shown() -> None:
+    changing = load_experiment(
+        "navigation", adaptation__later_from=[9, 30], adaptation__later_step_sizes=[0.2, 0.05]
+    )
+    shown = dict(settings_table({"maml": changing}, SHOWN).rows)["step size alpha"]
+    assert shown == ["0.5, from iteration 9 on 0.2, from iteration 30 on 0.05"]
+
+
 def test_a_page_needs_nothing_else(runs: Path) -> None:
     page = make_report([runs / "maml-seed0"], None, say=silent).read_text()
     assert len(page.encode()) < 100_000

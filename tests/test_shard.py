@@ -43,6 +43,23 @@ def test_parts_add_up_to_the_metric_of_the_whole_batch() -> None:
     assert rest[1].abs().max() > 0
 
 
+def test_a_shard_has_the_alpha_of_each_iteration() -> None:
+    """One that began with another finds what one finds that has had it all along."""
+    later = {"adaptation__later_from": [3], "adaptation__later_step_sizes": [0.05]}
+    gradients = []
+    for settings in (later, {"adaptation__step_size": 0.05}, {}):
+        experiment = small(sampling__tasks=4, **settings)
+        fresh = new_policy(experiment)
+        shard = Shard(experiment, fresh.policy, 4, 4)
+        for iteration in (2, 3):
+            report = shard.begin(fresh.params, iteration, 0, 4)
+        shard.build(int(report.batches[-1].live_steps.sum()))
+        gradients.append(shard.gradient())
+        shard.close()
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
 def answers(device: str) -> list[Tensor]:
     """What a shard says of all tasks of the first iteration; parameters and vectors are here."""
     experiment = small(sampling__tasks=4)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import maml_rl
 from maml_rl.adapt import Params, flatten
-from maml_rl.assess import evaluate_policy
+from maml_rl.assess import evaluate_policy, load_subjects
 from maml_rl.checkpoints import FRESH, State, read_checkpoint, write_checkpoint
-from maml_rl.config import load_experiment
+from maml_rl.config import load_experiment, to_yaml
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.maml import MetaObjective, chunk_size
 from maml_rl.runs import Row, RunFolder
@@ -149,6 +151,34 @@ def test_a_resumed_run_equals_one_never_interrupted(tmp_path: Path) -> None:
     assert load_experiment(tmp_path / "parts" / "config.yaml").iterations == 3
 
 
+def test_alpha_is_what_its_iteration_says(tmp_path: Path) -> None:
+    """In training as in a run whose config was changed by hand; in tests as in the next batch."""
+    smaller = {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]}
+    experiment = load_experiment("navigation", **{**SETTINGS, **smaller, "iterations": 4})
+    whole = meta_train(experiment, out=tmp_path / "whole")
+    plain = load_experiment("navigation", **{**SETTINGS, "iterations": 2})
+    run = tmp_path / "changed"
+    early = meta_train(plain, out=run)
+    smaller_now = replace(plain, adaptation=replace(plain.adaptation, step_size=0.1))
+    (run / "config.yaml").write_text(to_yaml(smaller_now))
+    with pytest.warns(RunWarning, match=re.escape("adaptation.step_size 0.5 -> 0.1")):
+        changed = resume(run, iterations=4)
+    assert same(whole.params, changed.params)
+    assert rows(tmp_path / "whole") == rows(run)
+    first = resume(tmp_path / "whole")
+    assert [p.adaptation.step_size for p in (whole, first, early)] == [0.1, 0.1, 0.5]
+    (loaded,) = load_subjects([tmp_path / "whole"])
+    assert loaded.alpha == 0.1
+    assert loaded.trained.experiment == experiment
+    by_hand = evaluate_policy(changed).returns
+    for policy in (whole, loaded.trained):
+        assert all(map(np.array_equal, evaluate_policy(policy).returns, by_hand))
+    told = evaluate_policy(whole, step_size=0.5).returns
+    changed_back = replace(changed, experiment=plain)
+    assert all(map(np.array_equal, told, evaluate_policy(changed_back).returns))
+    assert not np.array_equal(told[1], by_hand[1])
+
+
 HEAVY = {**SETTINGS, "trust_region__momentum": 0.9, "iterations": 4}
 
 
@@ -195,9 +225,21 @@ def test_where_momentum_may_be_why_the_surrogate_rises_it_is_named(tmp_path: Pat
         experiment = load_experiment("navigation", **{**HEAVY, "trust_region__momentum": momentum})
         policy = maml_rl.new_policy(experiment)
         trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
-        advice = trainer.advice({"refused_because": str(Refusal.DID_NOT_FALL)})
+        row: Row = {"iteration": 0, "refused_because": str(Refusal.DID_NOT_FALL)}
+        advice = trainer.advice(row)
         assert ("trust_region.momentum (now 0.9)" in advice) == named
-        assert "momentum" not in trainer.advice({"refused_because": str(Refusal.KL_TOO_LARGE)})
+        other: Row = {"iteration": 0, "refused_because": str(Refusal.KL_TOO_LARGE)}
+        assert "momentum" not in trainer.advice(other)
+
+
+def test_the_alpha_that_advice_names_is_the_iterations() -> None:
+    smaller = {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]}
+    experiment = load_experiment("navigation", **{**SETTINGS, **smaller})
+    policy = maml_rl.new_policy(experiment)
+    trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
+    for iteration, alpha in ((1, "0.5"), (2, "0.1")):
+        row: Row = {"iteration": iteration, "refused_because": str(Refusal.LOSS_NOT_FINITE)}
+        assert f"adaptation.step_size (now {alpha})" in trainer.advice(row)
         trainer.close()
 
 

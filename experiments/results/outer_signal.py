@@ -68,7 +68,7 @@ def adapted_batches(run: Path, batches: int) -> Iterator[tuple[Adapted, InnerSte
     trained = load(run)
     experiment = trained.experiment
     tasks = experiment.sampling.tasks
-    inner = experiment.adaptation.inner_step(trained.policy)
+    inner = trained.adaptation.inner_step(trained.policy)
     sampler = make_sampler(experiment, trained.policy, tasks)
     with chunks_for(experiment, trained.policy, tasks) as chunks, torch_threads(1):
         for batch in range(batches):

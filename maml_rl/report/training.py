@@ -17,6 +17,7 @@ from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method, method_
 from maml_rl.config import Experiment, family_name
 from maml_rl.errors import RunWarning
 from maml_rl.looks import title
+from maml_rl.maml import AdaptationSettings
 from maml_rl.report.plots import metrics_of
 from maml_rl.report.tested import Tested
 from maml_rl.runs import RunFolder
@@ -36,7 +37,7 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     "episodes of a task": lambda e: str(e.sampling.episodes),
     "batch counted in": lambda e: e.sampling.count,
     "gradient steps to a task in training": lambda e: str(e.adaptation.inner_steps),
-    "step size alpha": lambda e: f"{e.adaptation.step_size:g}",
+    "step size alpha": lambda e: alpha_words(e.adaptation),
     "inner loss": lambda e: e.adaptation.inner_loss,
     "first order": lambda e: yes_or_no(e.adaptation.first_order),
     "observes its task": lambda e: yes_or_no(e.policy.observe_task),
@@ -57,6 +58,13 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     ),
 }
 """The settings that matter, in words."""
+
+
+def alpha_words(settings: AdaptationSettings) -> str:
+    """Return alpha, and what it is later on."""
+    changes = zip(settings.later_from, settings.later_step_sizes, strict=True)
+    later = [f"from iteration {start} on {size:g}" for start, size in changes]
+    return ", ".join([f"{settings.step_size:g}", *later])
 
 
 def words_of(value: float, usual: float) -> str:
