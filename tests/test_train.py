@@ -19,6 +19,7 @@ import maml_rl
 from maml_rl.adapt import Params, flatten
 from maml_rl.assess import evaluate_policy, load_subjects
 from maml_rl.checkpoints import FRESH, State, read_checkpoint, write_checkpoint
+from maml_rl.cli_evaluate import with_first_step_size
 from maml_rl.config import load_experiment, to_yaml
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.maml import MetaObjective, chunk_size
@@ -177,6 +178,10 @@ def test_alpha_is_what_its_iteration_says(tmp_path: Path) -> None:
     changed_back = replace(changed, experiment=plain)
     assert all(map(np.array_equal, told, evaluate_policy(changed_back).returns))
     assert not np.array_equal(told[1], by_hand[1])
+    (rendered,) = with_first_step_size([loaded], [0.2])
+    assert rendered.alpha == 0.2
+    adapted = [p.adapt(experiment.family, [0.1, 0.2]).params for p in (whole, changed)]
+    assert same(*adapted)
 
 
 HEAVY = {**SETTINGS, "trust_region__momentum": 0.9, "iterations": 4}
