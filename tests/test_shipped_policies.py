@@ -38,7 +38,7 @@ def first_tasks(policy: TrainedPolicy, count: int) -> Evaluation:
         policy.params,
         experiment.family,
         settings=replace(experiment.evaluation, steps=1),
-        adaptation=experiment.adaptation,
+        adaptation=policy.adaptation,
         advantages=experiment.advantages,
         action_scale=experiment.policy.action_scale,
         part=slice(0, count),

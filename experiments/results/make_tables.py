@@ -207,7 +207,8 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
         "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
         "unfinished/ant_dir-seed0": (
-            "the one of 358, from there on step size .1, from iteration 423 on .05"
+            "the one of 358, from there on step size .1, from 423 on .05, from 474 on .03 to .04, "
+            "from 491 on .01 nats, from 600 on lambda .95"
         ),
         "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
         "ant_dir_variants/from_122_momentum95_m10": (
@@ -277,10 +278,11 @@ def plan() -> str:
     rows, total = [], 0.0
     for family, one in PLAN.items():
         finished = done(one.run)
-        left = (ITERATIONS - finished) * one.seconds / 3600
+        wanted = max(ITERATIONS, finished)
+        left = (wanted - finished) * one.seconds / 3600
         begun = [done(f"unfinished/{family}_{name}-seed0") for name in ("pretrained", "oracle")]
         # As many control steps each: twice the iterations.
-        baselines = (2 * 2 * ITERATIONS - sum(begun)) * one.baseline_seconds / 3600
+        baselines = (2 * 2 * wanted - sum(begun)) * one.baseline_seconds / 3600
         total += left + baselines
         words = [f"{number:.1f}" for number in (one.seconds, one.baseline_seconds, left, baselines)]
         so_far = " / ".join(map(str, (finished, *begun)))
@@ -340,6 +342,13 @@ PHASES = {
     358: "step size .1",
     386: "",
     423: "step size .05",
+    451: "",
+    474: "step size .03",
+    491: "a trust region of .01 nats",
+    525: "",
+    540: "step size .04",
+    576: "step size .035, .003 nats",
+    600: "step size .03, lambda .95, .01 nats",
 }
 """Iterations from which the ant was trained in another way."""
 
