@@ -349,6 +349,8 @@ PHASES = {
     540: "step size .04",
     576: "step size .035, .003 nats",
     600: "step size .03, lambda .95, .01 nats",
+    620: "",
+    648: "step size .024, .005 nats",
 }
 """Iterations from which the ant was trained in another way."""
 
