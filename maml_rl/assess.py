@@ -240,7 +240,7 @@ def with_step_size(adaptation: AdaptationSettings, size: float) -> AdaptationSet
         InputError: if it is out of its range.
     """
     try:
-        return replace(adaptation, step_size=size, later_from=(), later_step_sizes=())
+        return adaptation.with_alpha(size)
     except ValueError as error:
         raise InputError(str(error)) from error
 

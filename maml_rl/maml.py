@@ -76,7 +76,14 @@ class AdaptationSettings:
     def at(self, iteration: int) -> AdaptationSettings:
         """Return these settings as they are in one iteration, its alpha for good."""
         begun = sum(start <= iteration for start in self.later_from)
-        alpha = (self.step_size, *self.later_step_sizes)[begun]
+        return self.with_alpha((self.step_size, *self.later_step_sizes)[begun])
+
+    def with_alpha(self, alpha: float) -> AdaptationSettings:
+        """Return these settings with one alpha for all iterations.
+
+        Raises:
+            ValueError: if it is out of its range.
+        """
         return replace(self, step_size=alpha, later_from=(), later_step_sizes=())
 
     def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:

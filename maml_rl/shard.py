@@ -17,6 +17,7 @@ from envs.family import TaskFamily
 from maml_rl.adapt import Params
 from maml_rl.chunks import Chunks, torch_threads
 from maml_rl.config import Experiment
+from maml_rl.curvature import InnerStep
 from maml_rl.devices import reproducible
 from maml_rl.episodes import Episodes
 from maml_rl.maml import (
@@ -125,7 +126,7 @@ class Shard:
         self._start = 0
         self._experiment = experiment
         self._policy = policy
-        self._inner = experiment.adaptation.inner_step(policy)
+        self._inner: InnerStep | None = None
         # How many may break down is judged of the whole batch.
         self._sampler = make_sampler(experiment, policy, tasks, max_diverged=1.0)
         self._chunks = chunks_for(experiment, policy, tasks, chunk)
@@ -168,6 +169,7 @@ class Shard:
     def build(self, pool: int) -> None:
         """Linearise the tasks; `pool` is the live steps of the whole batch after adaptation."""
         assert self._adapted is not None
+        assert self._inner is not None
         with torch_threads(1), reproducible(self._experiment.device):
             self._objective = self._adapted.objective(
                 self._inner,

@@ -37,7 +37,7 @@ from maml_rl.seeds import TEST_SEED, VALIDATION
 from maml_rl.signals import Terminated
 from maml_rl.task_sets import TaskSet, held_out, papers_own
 from maml_rl.train import meta_train
-from maml_rl.trained import TrainedPolicy
+from maml_rl.trained import TrainedPolicy, new_policy
 from tests.conftest import rows
 
 HUGE = 1e6
@@ -276,6 +276,19 @@ def test_without_candidates_each_method_has_its_own_step_size(
     sizes = {(r["method"], r["step_size"]) for r in table(Path("out")) if r["method"] != "oracle"}
     assert sizes == {("maml", "0.5"), ("pretrained", "0.2"), ("random", "0.5")}
     assert before.items() <= written(Path("out")).items()
+
+
+def test_the_meta_policys_own_step_size_is_that_of_its_last_iteration() -> None:
+    """Also where another method, at an earlier iteration, is given first."""
+    later = {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]}
+    fresh = new_policy(load_experiment("navigation", **later))
+    subjects = [
+        Subject(fresh, "random", Path("random"), 0, 0),
+        Subject(replace(fresh, iteration=2), "maml", Path("maml"), 2, 0),
+    ]
+    given = Benchmark(name="x", experiment="x", methods=("random", "maml"), candidates=())
+    found = choose_step_sizes(given, subjects, lambda _: None)
+    assert {name: size.own for name, size in found.items()} == {"random": 0.1, "maml": 0.1}
 
 
 def test_the_papers_tasks_and_runs_from_elsewhere(whole: Path) -> None:

@@ -235,6 +235,7 @@ def test_where_momentum_may_be_why_the_surrogate_rises_it_is_named(tmp_path: Pat
         assert ("trust_region.momentum (now 0.9)" in advice) == named
         other: Row = {"iteration": 0, "refused_because": str(Refusal.KL_TOO_LARGE)}
         assert "momentum" not in trainer.advice(other)
+        trainer.close()
 
 
 def test_the_alpha_that_advice_names_is_the_iterations() -> None:
@@ -245,7 +246,7 @@ def test_the_alpha_that_advice_names_is_the_iterations() -> None:
     for iteration, alpha in ((1, "0.5"), (2, "0.1")):
         row: Row = {"iteration": iteration, "refused_because": str(Refusal.LOSS_NOT_FINITE)}
         assert f"adaptation.step_size (now {alpha})" in trainer.advice(row)
-        trainer.close()
+    trainer.close()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
