@@ -26,10 +26,11 @@ from maml_rl.checkpoints import Origin
 from maml_rl.devices import Device, Physics
 from maml_rl.errors import InputError, refusal
 from maml_rl.evaluate import EvaluationSettings
-from maml_rl.maml import MAX_ITERATION, AdaptationSettings
+from maml_rl.maml import AdaptationSettings
 from maml_rl.plain_yaml import read_yaml
 from maml_rl.policy import PolicySettings
 from maml_rl.sampler import SamplingSettings
+from maml_rl.schedule import MAX_ITERATION
 from maml_rl.settings import Choice, as_flags, for_tyro, parse_with_tyro, words_of
 from maml_rl.trust_region import TrustRegionSettings
 from maml_rl.versions import versions

@@ -104,8 +104,8 @@ class DeviceBench(Bench):
 
         return step
 
-    def update(self) -> tuple[Mapping[str, float], Callable[[], Tensor]]:
-        """Do all of an update but the sampling; return seconds of its parts, and a product."""
+    def update(self) -> Mapping[str, float]:
+        """Do all of an update but the sampling; return seconds of its parts."""
         trainer, experiment = self.trainer, self.trainer.experiment
         chunks = self.engine.chunks
         parts: dict[str, float] = {}
@@ -145,27 +145,7 @@ class DeviceBench(Bench):
                 # The surrogate before, and one candidate; others cost the second again.
                 objective.evaluate(theta)
                 objective.evaluate(theta + 1e-6 * direction)
-        return parts, partial(objective.product, direction)
-
-
-def captured_product(bench: Bench, product: Callable[[], Tensor]) -> tuple[float, float]:
-    """Return seconds of a Fisher product as it is, and as one launch of a CUDA graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            product()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        product()
-    times: list[float] = []
-    for way in (product, graph.replay):
-        began = bench.now()
-        for _ in range(10):
-            way()
-        times.append((bench.now() - began) / 10)
-    return times[0], times[1]
+        return parts
 
 
 def measure(
@@ -281,8 +261,7 @@ def update_figures(case: Case, bench: DeviceBench, judged: bool, bare: float) ->
     """Measure update and iteration; `bare` is the time of an iteration's physics alone, s."""
     paper = judged and case.tasks == TASKS
     bench.update()  # the first is slower: libraries are loaded, memory is taken
-    # One at a time: each keeps its graphs as long as its product.
-    updates = [bench.update()[0] for _ in range(REPEATS)]
+    updates = [bench.update() for _ in range(REPEATS)]
     parts = min(updates, key=lambda one: sum(one.values()))
     total = sum(parts.values())
     words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
@@ -296,8 +275,6 @@ def update_figures(case: Case, bench: DeviceBench, judged: bool, bare: float) ->
         "met": total <= 0.15 if paper else None,
         "detail": f"{words}; {chunks}",
     }
-    if case.device == "cuda" and size >= case.tasks:
-        yield product_figure(bench)
     bench.iteration()
     seconds, in_sampling, _ = min(bench.iteration() for _ in range(REPEATS))
     allowed = EXPERIMENTS[case.experiment]
@@ -311,23 +288,6 @@ def update_figures(case: Case, bench: DeviceBench, judged: bool, bare: float) ->
         "goal": f"<= {allowed}" if held else "-",
         "met": seconds <= allowed if held and paper else None,
         "detail": f"{seconds / bare:.2f} x bare physics; sampling {in_sampling:.3f}{memory}",
-    }
-
-
-def product_figure(bench: DeviceBench) -> Figure:
-    """Measure what a CUDA graph would spare of a Fisher product."""
-    try:
-        eager, captured = captured_product(bench, bench.update()[1])
-        value, detail = captured / eager, f"{1e3 * eager:.2f} ms, captured {1e3 * captured:.2f} ms"
-    except RuntimeError as error:
-        value, detail = math.nan, f"cannot be captured: {error}"
-    return {
-        "what": "Fisher product as a CUDA graph",
-        "value": value,
-        "unit": "of its time",
-        "goal": "-",
-        "met": None,
-        "detail": detail,
     }
 
 

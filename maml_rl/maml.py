@@ -24,12 +24,12 @@ from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, Mlp, kl_divergence, log_density, log_std
+from maml_rl.schedule import check_schedule, value_at
 from maml_rl.sums import sum_of
 from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
 """Why an update was refused before it was begun."""
-MAX_ITERATION = 10**9
 MAX_STEP_SIZE = 1e6
 """Beyond which alpha is a slip."""
 
@@ -61,22 +61,12 @@ class AdaptationSettings:
         check_step_size("step_size", self.step_size)
         for size in self.later_step_sizes:
             check_step_size("later_step_sizes", size)
-        starts = (0, *self.later_from, MAX_ITERATION + 1)
-        if any(a >= b for a, b in itertools.pairwise(starts)):
-            raise ValueError(
-                f"adaptation.later_from must be iterations from 1 to {MAX_ITERATION}, each later "
-                f"than the one before, got {list(self.later_from)}"
-            )
-        if len(self.later_from) != len(self.later_step_sizes):
-            raise ValueError(
-                "adaptation.later_step_sizes must be one for each of adaptation.later_from, got "
-                f"{len(self.later_step_sizes)} for {len(self.later_from)}"
-            )
+        check_schedule("adaptation", self.later_from, "later_step_sizes", self.later_step_sizes)
 
     def at(self, iteration: int) -> AdaptationSettings:
         """Return these settings as they are in one iteration, its alpha for good."""
-        begun = sum(start <= iteration for start in self.later_from)
-        return self.with_alpha((self.step_size, *self.later_step_sizes)[begun])
+        alpha = value_at(iteration, self.step_size, self.later_from, self.later_step_sizes)
+        return self.with_alpha(alpha)
 
     def with_alpha(self, alpha: float) -> AdaptationSettings:
         """Return these settings with one alpha for all iterations.

@@ -299,9 +299,10 @@ class SpreadEngine:
         if kept <= self._experiment.adaptation.inner_steps:
             return theta, MetaReport(joined, not_finite(), seconds)
         batch.build(int(joined[-1].live_steps.sum()))
+        region = self._experiment.trust_region.at(iteration)
         # Sums of several threads could come to other bits.
         with torch_threads(1):
-            updated, step = outer_step(theta, batch, self._experiment.trust_region, earlier)
+            updated, step = outer_step(theta, batch, region, earlier)
         return updated, MetaReport(joined, step, seconds)
 
     def message_seconds(self, vectors: int, parameters: int, times: int = 20) -> float:

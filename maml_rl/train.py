@@ -130,7 +130,7 @@ class Local:
                 M,
                 adaptation=experiment.adaptation.at(iteration),
                 advantages=experiment.advantages,
-                trust_region=experiment.trust_region,
+                trust_region=experiment.trust_region.at(iteration),
                 chunks=self.chunks,
                 clock=time.perf_counter,
                 earlier=earlier,
@@ -313,13 +313,14 @@ class Trainer:
     def advice(self, row: Row) -> str:
         """Return what to try where updates are refused."""
         experiment, reason = self.experiment, str(row["refused_because"])
+        iteration = int(row["iteration"])
         momentum = experiment.trust_region.momentum
         fading = f", or a smaller trust_region.momentum (now {momentum:g})"
         return ADVICE[reason].format(
-            alpha=experiment.adaptation.at(int(row["iteration"])).step_size,
+            alpha=experiment.adaptation.at(iteration).step_size,
             tasks=experiment.sampling.tasks,
             episodes=experiment.sampling.episodes,
-            **asdict(experiment.trust_region),
+            **asdict(experiment.trust_region.at(iteration)),
         ) + (fading if momentum and reason == Refusal.DID_NOT_FALL else "")
 
     def close(self) -> None:

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from maml_rl.schedule import check_schedule, value_at
+
+MAX_KL = 1e6
+"""Nats, beyond which max_kl is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,11 @@ class TrustRegionSettings:
 
     max_kl: float = 0.01
     """Largest mean KL divergence from the old adapted policies to the new, nats."""
+    later_from: tuple[int, ...] = ()
+    """Iterations from which on max_kl is another: near its best a policy loses by long steps, which
+    are mostly noise."""
+    later_max_kls: tuple[float, ...] = ()
+    """max_kl from each of them on."""
     cg_iterations: int = 10
     """Conjugate gradient iterations, each one Fisher product."""
     metric_share: float = 1.0
@@ -45,8 +55,10 @@ class TrustRegionSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise ValueError(f"trust_region.max_kl must be finite and above 0, got {self.max_kl}")
+        check_max_kl("max_kl", self.max_kl)
+        for kl in self.later_max_kls:
+            check_max_kl("later_max_kls", kl)
+        check_schedule("trust_region", self.later_from, "later_max_kls", self.later_max_kls)
         if self.cg_iterations < 1:
             raise ValueError(
                 f"trust_region.cg_iterations must be at least 1, got {self.cg_iterations}"
@@ -68,7 +80,6 @@ class TrustRegionSettings:
                 f"trust_region.momentum must be at least 0 and below 1, got {self.momentum}"
             )
         for name, most in (
-            ("max_kl", 1e6),
             ("cg_iterations", 10_000),
             ("damping", 1e6),
             ("backtracks", 10_000),
@@ -77,6 +88,19 @@ class TrustRegionSettings:
                 raise ValueError(
                     f"trust_region.{name} must be at most {most:g}, got {getattr(self, name)}"
                 )
+
+    def at(self, iteration: int) -> TrustRegionSettings:
+        """Return these settings as they are in one iteration, its max_kl for good."""
+        kl = value_at(iteration, self.max_kl, self.later_from, self.later_max_kls)
+        return replace(self, max_kl=kl, later_from=(), later_max_kls=())
+
+
+def check_max_kl(name: str, value: float) -> None:
+    """Raise ValueError for a divergence that is out of its range."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"trust_region.{name} must be finite and above 0, got {value}")
+    if value > MAX_KL:
+        raise ValueError(f"trust_region.{name} must be at most {MAX_KL:g}, got {value}")
 
 
 class Refusal(StrEnum):

@@ -78,6 +78,8 @@ RANGES = {
     "adaptation.later_from": Range(1, 10**9),
     "adaptation.later_step_sizes": Range(5e-324, 1e6),
     "trust_region.max_kl": Range(5e-324, 1e6),
+    "trust_region.later_from": Range(1, 10**9),
+    "trust_region.later_max_kls": Range(5e-324, 1e6),
     "trust_region.cg_iterations": Range(1, 10**4),
     "trust_region.metric_share": Range(5e-324, 1.0),
     "trust_region.damping": Range(0.0, 1e6),
@@ -108,7 +110,13 @@ RANGES = {
     "family.goal_radius": Range(0.0, 1e6),
 }
 """Written down here a second time, so that a bound that is lost is noticed."""
-MAY_BE_EMPTY = ("policy.layers", "adaptation.later_from", "adaptation.later_step_sizes")
+MAY_BE_EMPTY = (
+    "policy.layers",
+    "adaptation.later_from",
+    "adaptation.later_step_sizes",
+    "trust_region.later_from",
+    "trust_region.later_max_kls",
+)
 """Lists of any length."""
 
 

@@ -27,6 +27,7 @@ ALGORITHM = frozenset(
         "maml",
         "noise",
         "policy",
+        "schedule",
         "seeds",
         "stateless",
         "sums",

@@ -405,6 +405,14 @@ def test_all_that_alpha_will_be_is_shown() -> None:
     assert shown == ["0.5, from iteration 9 on 0.2, from iteration 30 on 0.05"]
 
 
+def test_all_that_max_kl_will_be_is_shown() -> None:
+    changing = load_experiment(
+        "navigation", trust_region__later_from=[40], trust_region__later_max_kls=[0.0025]
+    )
+    shown = dict(settings_table({"maml": changing}, SHOWN).rows)["largest KL of an update"]
+    assert shown == ["0.01, from iteration 40 on 0.0025"]
+
+
 def test_a_page_needs_nothing_else(runs: Path) -> None:
     page = make_report([runs / "maml-seed0"], None, say=silent).read_text()
     assert len(page.encode()) < 100_000

@@ -249,6 +249,29 @@ def test_the_alpha_that_advice_names_is_the_iterations() -> None:
     trainer.close()
 
 
+def test_the_trust_region_is_what_its_iteration_says(tmp_path: Path) -> None:
+    """As in a run whose config was changed by hand; advice names the iteration's own."""
+    smaller = {"trust_region__later_from": [2], "trust_region__later_max_kls": [0.001]}
+    experiment = load_experiment("navigation", **{**SETTINGS, **smaller, "iterations": 4})
+    whole = meta_train(experiment, out=tmp_path / "whole")
+    plain = load_experiment("navigation", **{**SETTINGS, "iterations": 2})
+    run = tmp_path / "changed"
+    meta_train(plain, out=run)
+    smaller_now = replace(plain, trust_region=replace(plain.trust_region, max_kl=0.001))
+    (run / "config.yaml").write_text(to_yaml(smaller_now))
+    with pytest.warns(RunWarning, match=re.escape("trust_region.max_kl 0.01 -> 0.001")):
+        changed = resume(run, iterations=4)
+    assert same(whole.params, changed.params)
+    metrics = rows(run)
+    assert rows(tmp_path / "whole") == metrics
+    policy = maml_rl.new_policy(experiment)
+    trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
+    for iteration, kl in ((1, "0.01"), (2, "0.001")):
+        row: Row = {"iteration": iteration, "refused_because": str(Refusal.DID_NOT_FALL)}
+        assert f"trust_region.max_kl (now {kl})" in trainer.advice(row)
+    trainer.close()
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_products_are_of_as_many_tasks_as_the_settings_say(
     share: float, monkeypatch: pytest.MonkeyPatch

@@ -436,6 +436,16 @@ def test_what_is_accepted_is_better_and_near_and_all_else_changes_nothing(
         assert (report.surrogate_after, report.kl) == (3.0, 0.0)
 
 
+def test_each_iteration_has_its_trust_region() -> None:
+    """The first of them too from which on it is another; and then for good."""
+    settings = TrustRegionSettings(
+        max_kl=0.02, later_from=(2, 5), later_max_kls=(0.01, 0.03), momentum=0.9
+    )
+    found = [settings.at(iteration) for iteration in range(7)]
+    assert [one.max_kl for one in found] == [0.02, 0.02, 0.01, 0.01, 0.01, 0.03, 0.03]
+    assert found[3] == TrustRegionSettings(max_kl=0.01, momentum=0.9)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -448,6 +458,18 @@ def test_what_is_accepted_is_better_and_near_and_all_else_changes_nothing(
         (lambda: TrustRegionSettings(damping=-1.0), "damping must be at least 0, got -1.0"),
         (lambda: TrustRegionSettings(backtracks=0), "backtracks must be at least 1, got 0"),
         (lambda: TrustRegionSettings(backtrack_ratio=1.0), "between 0 and 1, got 1.0"),
+        (
+            lambda: TrustRegionSettings(later_from=(3,), later_max_kls=(0.0,)),
+            "later_max_kls must be finite and above 0, got 0.0",
+        ),
+        (
+            lambda: TrustRegionSettings(later_from=(3, 3), later_max_kls=(0.2, 0.1)),
+            "trust_region.later_from must be iterations .* each later than .* got .3, 3.",
+        ),
+        (
+            lambda: TrustRegionSettings(later_from=(3,)),
+            "later_max_kls must be one for each of trust_region.later_from, got 0 for 1",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(

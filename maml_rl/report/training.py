@@ -22,6 +22,7 @@ from maml_rl.report.plots import metrics_of
 from maml_rl.report.tested import Tested
 from maml_rl.runs import RunFolder
 from maml_rl.terminal import step_words
+from maml_rl.trust_region import TrustRegionSettings
 
 Settings = Experiment[TaskFamily]
 
@@ -46,7 +47,7 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
     ),
     "discount": lambda e: f"{e.advantages.discount:g}",
     "lambda": lambda e: f"{e.advantages.gae_lambda:g}",
-    "largest KL of an update": lambda e: f"{e.trust_region.max_kl:g}",
+    "largest KL of an update": lambda e: kl_words(e.trust_region),
     "momentum of the update": lambda e: words_of(e.trust_region.momentum, usual=0.0),
     "share of the tasks in Fisher products": lambda e: words_of(
         e.trust_region.metric_share, usual=1.0
@@ -62,9 +63,19 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
 
 def alpha_words(settings: AdaptationSettings) -> str:
     """Return alpha, and what it is later on."""
-    changes = zip(settings.later_from, settings.later_step_sizes, strict=True)
-    later = [f"from iteration {start} on {size:g}" for start, size in changes]
-    return ", ".join([f"{settings.step_size:g}", *later])
+    return scheduled(settings.step_size, settings.later_from, settings.later_step_sizes)
+
+
+def kl_words(settings: TrustRegionSettings) -> str:
+    """Return the largest KL of an update, and what it is later on."""
+    return scheduled(settings.max_kl, settings.later_from, settings.later_max_kls)
+
+
+def scheduled(first: float, starts: Sequence[int], later: Sequence[float]) -> str:
+    """Return what a setting is at first, and from which iterations on it is something else."""
+    changes = zip(starts, later, strict=True)
+    words = [f"from iteration {start} on {value:g}" for start, value in changes]
+    return ", ".join([f"{first:g}", *words])
 
 
 def words_of(value: float, usual: float) -> str:

@@ -198,6 +198,10 @@ def test_any_number_of_workers_comes_to_the_bits_of_one_process(
         ("navigation", {"adaptation__inner_steps": 2, "sampling__tasks": 7}),
         ("navigation", {"adaptation__inner_loss": "likelihood-ratio"}),
         ("navigation", {"trust_region__momentum": 0.9}),
+        (
+            "navigation",
+            {"trust_region__later_from": [1], "trust_region__later_max_kls": [0.001]},
+        ),
         # Of five chunks the first and the third, which are not with one worker.
         ("navigation", {"trust_region__metric_share": 0.4}),
         ("half_cheetah_vel", {"sampling__tasks": 9, "sampling__tasks_at_once": 2}),
