@@ -44,9 +44,12 @@ from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import Sampler
 from maml_rl.seeds import TRAINING
-from maml_rl.versions import differences
+from maml_rl.versions import PACKAGES, differences
 
 E = TypeVar("E")
+
+ROUND_ONLY = {"torch", "numpy"}
+"""Packages of whose releases only last digits depend; nobody is told of them unasked."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,9 @@ def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
             f"  checkpoint: {theirs}\n  expected:   {ours}\n"
             "(a policy trained with a module of your own wants mean=)"
         )
-    if changed := differences(found.origin.versions):
+    simulates = {*PACKAGES[fresh.experiment.physics], "maml-rl"} - ROUND_ONLY
+    matters = {n: v for n, v in found.origin.versions.items() if n in simulates}
+    if changed := differences(matters):
         warnings.warn(
             f"checkpoint {found.path} was made with {', '.join(changed)}; it is used all the same, "
             "but results may differ (MuJoCo's physics changes between releases)",

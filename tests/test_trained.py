@@ -14,7 +14,9 @@ from torch import nn
 import envs
 import maml_rl
 from maml_rl.adapt import flatten
+from maml_rl.errors import RunWarning
 from maml_rl.policy import log_std
+from maml_rl.versions import versions
 from tests.tiny import SETTINGS
 
 
@@ -36,6 +38,23 @@ def test_a_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
                 observation, deterministic=True
             ),
         )
+
+
+@pytest.mark.parametrize(
+    ("package", "told"),
+    [("mujoco", True), ("gymnasium", True), ("maml-rl", True), ("torch", False), ("numpy", False)],
+)
+def test_only_what_simulates_is_told_to_be_of_another_release(
+    package: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rounding alone nobody is told, which any newer numpy brings."""
+    maml_rl.meta_train(maml_rl.load_experiment("navigation", **SETTINGS), out=tmp_path / "run")
+    monkeypatch.setattr("maml_rl.versions.versions", lambda: {**versions(), package: "1.2"})
+    if told:
+        with pytest.warns(RunWarning, match=rf"with {package} .* \(here 1.2\); it is used"):
+            maml_rl.load(tmp_path / "run")
+    else:
+        maml_rl.load(tmp_path / "run")
 
 
 def test_actions_are_in_the_bodys_unit_with_the_policys_noise() -> None:
