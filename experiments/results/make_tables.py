@@ -208,8 +208,9 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
         "unfinished/ant_dir-seed0": (
             "the one of 358, from there on step size .1, from 423 on .05, from 474 on .03 to .04, "
-            "from 491 on .01 nats, from 600 on lambda .95"
+            "from 491 on .01 nats, from 607 on 40 tasks and .005 nats"
         ),
+        "ant_dir_variants/from_600_lambda95": "that, from iteration 600 on lambda .95",
         "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
         "ant_dir_variants/from_122_momentum95_m10": (
             "the third with momentum .9, from iteration 122 on .95 and 10 tasks in place of 20"
@@ -349,8 +350,8 @@ PHASES = {
     540: "step size .04",
     576: "step size .035, .003 nats",
     600: "step size .03, lambda .95, .01 nats",
-    620: "",
-    648: "step size .024, .005 nats",
+    607: "40 tasks in place of 20, lambda .98 again, .005 nats",
+    630: "",
 }
 """Iterations from which the ant was trained in another way."""
 
