@@ -6,7 +6,7 @@ oracle       that, with the task in the observation; no gradient step
 random       the initial policy, fine-tuned in the test
 
 No method has a trainer of its own: they differ in `adaptation.inner_steps`,
-`policy.observe_task` and `iterations`.
+`policy.observe_task` and `iterations`, and in what a benchmark's `settings_of` says.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from envs.family import TaskFamily
 from maml_rl.assess import (
@@ -31,8 +31,8 @@ from maml_rl.assess import (
     load_subject,
     trials_here,
 )
-from maml_rl.benchmark_file import Benchmark
-from maml_rl.comparison import MAML, ORACLE, PRETRAINED, RANDOM, Method
+from maml_rl.benchmark_file import Benchmark, with_own_settings
+from maml_rl.comparison import MAML, METHODS, ORACLE, PRETRAINED, RANDOM, Method
 from maml_rl.config import Experiment, as_tree
 from maml_rl.errors import CheckpointError, InputError, RunStopped
 from maml_rl.evaluate import Evaluation
@@ -63,29 +63,42 @@ def plan(benchmark: Benchmark, base: Experiment[TaskFamily], out: Path) -> list[
     """Return every training run, method by method.
 
     Raises:
-        InputError: if a setting that follows from the benchmark is out of its range.
+        InputError: if a setting that follows from the benchmark is out of its range, or one that
+            a method has of its own is unknown, of the wrong type or out of its range.
     """
     total = base.iterations if benchmark.iterations is None else benchmark.iterations
     if total < 1:
         raise InputError(f"iterations must be at least 1, got {total}")
-    # As many batches as maml draws, so as many control steps.
-    batches = total * (base.adaptation.inner_steps + 1)
-    plain = replace(base.adaptation, inner_steps=0)
-    changes: Mapping[Method, dict[str, Any]] = {
-        MAML: {"iterations": total},
-        PRETRAINED: {"iterations": batches, "adaptation": plain},
-        ORACLE: {
-            "iterations": batches,
-            "adaptation": plain,
-            "policy": replace(base.policy, observe_task=True),
-        },
-        RANDOM: {"iterations": 0},
+    own = {method: with_own_settings(base, benchmark, method) for method in METHODS}
+    pretrained, oracle = (
+        replace(own[method], adaptation=replace(own[method].adaptation, inner_steps=0))
+        for method in (PRETRAINED, ORACLE)
+    )
+    oracle = replace(oracle, policy=replace(oracle.policy, observe_task=True))
+    # As many episodes as maml draws, so as many control steps.
+    budget = total * episodes_drawn(own[MAML])
+    variants: Mapping[Method, tuple[Experiment[TaskFamily], int]] = {
+        MAML: (own[MAML], total),
+        PRETRAINED: (pretrained, math.ceil(Fraction(budget, episodes_drawn(pretrained)))),
+        ORACLE: (oracle, math.ceil(Fraction(budget, episodes_drawn(oracle)))),
+        RANDOM: (own[RANDOM], 0),
     }
     return [
-        Planned(method, replace(base, seed=seed, **changes[method]), out / f"{method}-seed{seed}")
+        Planned(
+            method,
+            replace(experiment, seed=seed, iterations=iterations),
+            out / f"{method}-seed{seed}",
+        )
         for method in benchmark.methods
+        for experiment, iterations in (variants[method],)
         for seed in benchmark.seeds
     ]
+
+
+def episodes_drawn(experiment: Experiment[TaskFamily]) -> int:
+    """Return how many episodes an iteration draws, of all tasks and batches."""
+    sampling = experiment.sampling
+    return (experiment.adaptation.inner_steps + 1) * sampling.tasks * sampling.episodes
 
 
 def check_plan(planned: Sequence[Planned], given: Sequence[Path]) -> dict[str, Path]:
@@ -291,10 +304,14 @@ def choose_step_sizes(
     Raises:
         RunStopped: if memory does not suffice.
     """
-    alpha = next((s for s in subjects if s.method == MAML), subjects[0]).alpha
+    # Maml's, or where there is none that of a method without one of its own.
+    alpha = min(
+        subjects, key=lambda s: (s.method != MAML, has_own_alpha(benchmark, s.method))
+    ).alpha
+    alphas = {s.method: s.alpha for s in subjects if has_own_alpha(benchmark, s.method)}
     own: Mapping[Method, float] = {
         MAML: alpha,
-        PRETRAINED: benchmark.pretrained_step_size or alpha,
+        PRETRAINED: benchmark.pretrained_step_size or alphas.get(PRETRAINED, alpha),
         RANDOM: benchmark.random_step_size or alpha,
     }
     tasks = validation(subjects[0].family, benchmark.validation_tasks)
@@ -324,6 +341,16 @@ def choose_step_sizes(
         sizes += f" and {best:g} (best on validation tasks)" if best != own[method] else ""
         say(f"{method} is tested with step size {sizes}")
     return result
+
+
+def has_own_alpha(benchmark: Benchmark, method: Method) -> bool:
+    """Whether `settings_of` says what alpha is in some iteration of a method."""
+    own = benchmark.settings_of.get(method, {})
+    return any(f"adaptation.{name}" in own for name in ALPHA)
+
+
+ALPHA = ("step_size", "later_from", "later_step_sizes")
+"""Settings of `adaptation` that say what alpha is."""
 
 
 def last_return(tests: Sequence[Evaluation | BrokenDown]) -> float:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import difflib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from envs.family import TaskFamily
-from maml_rl.comparison import METHODS, Method
+from maml_rl.comparison import METHODS, RANDOM, Method
 from maml_rl.config import (
     Experiment,
+    as_tree,
     check_name,
     experiment_type,
     experiment_words,
@@ -18,7 +24,7 @@ from maml_rl.config import (
     is_supervised,
 )
 from maml_rl.errors import InputError, refusal
-from maml_rl.plain_yaml import leaves, read_yaml
+from maml_rl.plain_yaml import leaves, parse_yaml, read_yaml
 from maml_rl.settings import (
     HELP,
     Setting,
@@ -30,6 +36,18 @@ from maml_rl.settings import (
     parse_with_tyro,
     settings_of,
 )
+
+OwnSettings = Mapping[Method, Mapping[str, object]]
+"""Settings that only one method has: by method, and by dotted path."""
+
+AS_A_WORD = tyro.constructors.PrimitiveConstructorSpec[OwnSettings](
+    nargs=1,
+    metavar="MAPPING",
+    instance_from_str=lambda words: json.loads(words[0]),
+    is_instance=lambda value: isinstance(value, Mapping),
+    str_from_instance=lambda own: [json.dumps(own)],
+)
+"""How `settings_of` goes through tyro, once checked, as all that a file says does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +64,23 @@ class Benchmark:
     """Each method is trained once with each."""
     iterations: int | None = None
     """Of maml; by default the experiment's. A method without inner steps draws one batch an
-    iteration where maml draws two or more, and has as many times the iterations."""
+    iteration where maml draws two or more, and has as many times the iterations; where
+    `settings_of` gives either batches of another size, as many as make up as many episodes,
+    rounded up."""
     tasks: Literal["test", "paper"] = "test"
     """Tasks that training never drew, or the 40 that the paper's numbers were measured on."""
     pretrained_step_size: float | None = None
-    """Of the first test update of pretrained; by default alpha."""
+    """Of the first test update of pretrained; by default maml's alpha, or its own where
+    `settings_of` gives it one."""
     random_step_size: float | None = None
-    """Of the first test update of random; by default alpha."""
+    """Of the first test update of random; by default maml's alpha."""
     candidates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     """Step sizes of which each method's best is chosen on validation tasks; may be empty."""
     validation_tasks: int = 20
     """Tasks to choose it on; no test uses them."""
+    settings_of: Annotated[OwnSettings, AS_A_WORD] = field(default_factory=dict)
+    """Settings of the experiment that only one method has, in its training and in its test, such as
+    '{oracle: {sampling.episodes: 40}}'. A flag that is every method's wins over them."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -101,7 +125,8 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
     """Sort what a benchmark's file and the command line say, having checked it.
 
     Args:
-        file: the benchmark's YAML. `settings` in it are settings of the experiment.
+        file: the benchmark's YAML. `settings` in it are settings of the experiment, `settings_of`
+            those of one method.
         flags: words of the command line: settings of the benchmark or of its experiment.
         ignored: flags of the command that are neither.
 
@@ -115,19 +140,28 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
     overrides = tree.pop("settings", {})
     if not isinstance(overrides, dict):
         raise refusal(f"{file}: settings must hold settings of the experiment, such as `threads:`")
+    own = tree.pop("settings_of", {})
     settings = dict(settings_of(Benchmark))
+    del settings["settings_of"]
     ours: list[str] = []
     theirs: list[str] = []
+    of_one: list[str] = []
     where = ours
     for word in flags:
         if word.startswith("-"):
             known = word in HELP or normal_flag(word) in (*settings, *ignored)
             # What a flag is given follows it, and may be a negative number.
             where = ours if known else theirs if word.startswith("--") else where
+            where = of_one if normal_flag(word) == "settings_of" else where
         where.append(word)
     in_file = checked_settings(settings, tree, str(file), ours, ignored=ignored)
     sections = {item.name for item in fields(Experiment)}
     for path, _ in flag_values(theirs):
+        if path.partition(".")[0] == "settings_of":
+            raise refusal(
+                "command line: --settings-of takes all that it sets as one word, such as "
+                "'{oracle: {sampling.episodes: 40}}'"
+            )
         if path.partition(".")[0] not in sections:
             flags_too = settings | dict.fromkeys(ignored, Setting(bool, required=False))
             check_keys(
@@ -137,7 +171,75 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
         if path in ("name", "seed", "iterations"):
             instead = {"seed": "seeds"}.get(path, path)
             raise refusal(f"{file}: {path} of the experiment is set by the benchmark's {instead}")
+    # The file's and the command line's: a method that is left out for once keeps its settings.
+    said = flag_values([*as_flags({"methods": METHODS, **in_file}), *ours])
+    methods = [word for path, words in said if path == "methods" for word in words]
+    source = str(file)
+    for _, words in flag_values(of_one):
+        source = "command line"
+        own = parse_yaml(" ".join(words), "--settings-of")
+    # A flag of the experiment is every method's.
+    on_line = dict(flag_values(theirs))
+    in_file["settings_of"] = json.dumps(
+        {
+            method: {path: value for path, value in settings.items() if path not in on_line}
+            for method, settings in own_settings(own, methods, source).items()
+        }
+    )
     return Words([*as_flags(in_file), *ours], overrides, theirs)
+
+
+NOT_OF_ONE: Mapping[str, str] = {
+    r"name|seed|iterations": "the benchmark sets it for each method",
+    r"adaptation\.inner_steps|policy\.observe_task": "it is what makes the method what it is",
+    r"(family|warp)(\..*)?|physics": "all methods meet the same tasks and physics",
+    r"evaluation(\..*)?": "all methods are tested alike",
+    r"sampling\.count": "what all methods sample is counted alike",
+}
+"""Settings that no method may have of its own, as patterns, and why."""
+
+
+def own_settings(
+    tree: object, methods: Collection[str], source: str
+) -> dict[str, dict[str, object]]:
+    """Return what a benchmark's `settings_of` says, by method and dotted path.
+
+    Whether there are such settings and what they may be is not known without the family.
+
+    Args:
+        tree: what stands under it.
+        methods: those of the benchmark.
+        source: the file's name, for messages.
+
+    Raises:
+        InputError: for a method that may have none, or a setting that is all methods'.
+    """
+    usage = "must hold settings of the experiment, such as `sampling.episodes:`"
+    if not isinstance(tree, dict):
+        raise refusal(f"{source}: settings_of must hold methods, such as `oracle:`, with settings")
+    own: dict[str, dict[str, object]] = {}
+    for where, value in leaves(tree):
+        method, _, path = where.partition(".")
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(METHODS)}"
+            raise refusal(f"{source}: settings_of: there is no method {method!r}: {hint}")
+        if method == RANDOM:
+            raise refusal(
+                f"{source}: settings_of.random: random is not trained, so it has the settings of "
+                "the experiment; the step size of its test is random_step_size"
+            )
+        if method not in methods:
+            raise refusal(f"{source}: settings_of.{method}: {method} is not among the methods")
+        if not path:
+            raise refusal(f"{source}: settings_of.{method} {usage}")
+        for pattern, reason in NOT_OF_ONE.items():
+            if re.fullmatch(pattern, path):
+                raise refusal(f"{source}: settings_of must not set {where}, since {reason}")
+        if path in own.setdefault(method, {}):
+            raise refusal(f"{source}: settings_of.{where} stands there twice")
+        own[method][path] = value
+    return own
 
 
 def check_not_supervised(tree: Mapping[str, object], source: str) -> None:
@@ -168,6 +270,25 @@ def base_experiment(benchmark: Benchmark, words: Words, file: Path) -> Experimen
             "be at least 1 and policy.observe_task False"
         )
     return experiment
+
+
+def with_own_settings(
+    base: Experiment[TaskFamily], benchmark: Benchmark, method: Method
+) -> Experiment[TaskFamily]:
+    """Return the experiment with the settings that only this method has.
+
+    Raises:
+        InputError: if one is unknown, of the wrong type or out of its range.
+    """
+    own = benchmark.settings_of.get(method, {})
+    if not own:
+        return base
+    source = f"settings_of.{method}"
+    family, words = experiment_words(merged(as_tree(base), own), source, ())
+    try:
+        return parse_with_tyro(experiment_type(family), words, "maml-rl benchmark")
+    except InputError as error:
+        raise refusal(f"{source}: {error}") from error
 
 
 def merged(tree: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

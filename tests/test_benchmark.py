@@ -25,9 +25,10 @@ import yaml
 from envs.family import TaskFamily
 from maml_rl import assess, cli_evaluate
 from maml_rl.assess import BrokenDown, Subject, Trial, evaluate_policy, load_subject
-from maml_rl.benchmark import choose_step_sizes, plan
-from maml_rl.benchmark_file import Benchmark, merged
+from maml_rl.benchmark import Planned, choose_step_sizes, plan
+from maml_rl.benchmark_file import Benchmark, OwnSettings, merged
 from maml_rl.cli import run
+from maml_rl.comparison import Method
 from maml_rl.config import Experiment, load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.rollout import SamplingError
@@ -160,6 +161,161 @@ def test_budgets_follow_the_inner_steps() -> None:
             **{"maml": 2, "pretrained": 0, "oracle": 0, "random": 2}
         }
         assert [m for m, e in found.items() if e.policy.observe_task] == ["oracle"]
+
+
+OWN: Mapping[str, object] = {
+    "maml": {"sampling": {"tasks": 5}},
+    "pretrained": {"sampling.episodes": 7, "advantages": {"gae_lambda": 0.5}},
+    "oracle": {"sampling": {"tasks": 9}, "adaptation.later_from": []},
+}
+"""Settings that one method has, nested and with dots."""
+
+
+def planned_by(
+    monkeypatch: pytest.MonkeyPatch, file: str, *words: str
+) -> dict[str, Experiment[TaskFamily]]:
+    """The experiments that a benchmark plans, by method; it ends before any is trained."""
+    seen: list[Planned] = []
+
+    def stop(planned: Sequence[Planned], given: Sequence[Path]) -> None:
+        seen.extend(planned)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_evaluate, "check_plan", stop)
+        assert run(["benchmark", file, *words]) == 130
+    return {one.method: one.experiment for one in seen}
+
+
+def test_a_method_may_have_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the file's `settings`, of that method alone, and with them as many iterations as draw
+    maml's 2 x 2 batches x 5 tasks x 3 episodes = 60, rounded up: of 4 x 7, and of 9 x 3."""
+    plain = planned_by(monkeypatch, write(Path("plain.yaml")))
+    found = planned_by(monkeypatch, write(Path("b.yaml"), settings_of=OWN))
+    changed: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+        "maml": {"sampling": {"tasks": 5}},
+        "pretrained": {"sampling": {"episodes": 7}, "advantages": {"gae_lambda": 0.5}},
+        "oracle": {"sampling": {"tasks": 9}},
+        "random": {},
+    }
+    iterations = {"maml": 2, "pretrained": 3, "oracle": 3, "random": 0}
+    assert list(found) == list(METHODS)
+    for method, sections in changed.items():
+        expected = replace(plain[method], iterations=iterations[method])
+        for section, values in sections.items():
+            part = replace(getattr(expected, section), **values)
+            expected = replace(expected, **{section: part})
+        assert found[method] == expected
+
+
+def test_on_the_command_line_a_setting_is_every_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of one that a method has of its own, and leaves the others; a method that
+    is left out there may have settings in the file, and maml's still count for the budget."""
+    file = write(Path("b.yaml"), settings_of=OWN)
+    found = planned_by(monkeypatch, file, "--sampling.tasks", "6", "--methods", "oracle", "maml")
+    batches = {m: (e.sampling.tasks, e.sampling.episodes, e.iterations) for m, e in found.items()}
+    assert batches == {"oracle": (6, 3, 4), "maml": (6, 3, 2)}
+    found = planned_by(monkeypatch, file, "--sampling.tasks=6", "--methods", "pretrained")
+    assert {m: e.sampling.episodes for m, e in found.items()} == {"pretrained": 7}
+    assert found["pretrained"].advantages.gae_lambda == 0.5
+    found = planned_by(monkeypatch, file, "--methods", "oracle")
+    assert {m: e.iterations for m, e in found.items()} == {"oracle": 3}
+
+
+def test_settings_of_is_a_flag_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the file's, for all methods; quoted or not, and another flag still wins."""
+    file = write(Path("b.yaml"), settings_of=OWN)
+    mapping = "{oracle: {sampling: {tasks: 2}, sampling.episodes: 9}}"
+    for words in (["--settings-of", mapping], ["--settings_of", *mapping.split(" ")]):
+        found = planned_by(monkeypatch, file, *words, "--sampling.episodes", "4")
+        batches = [(e.sampling.tasks, e.sampling.episodes, e.iterations) for e in found.values()]
+        assert batches == [(4, 4, 2), (4, 4, 4), (2, 4, 8), (4, 4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "iterations"),
+    [(1, 36), (3, 12), (4, 9), (5, 8), (35, 2), (36, 1), (37, 1), (1000, 1)],
+)
+def test_budgets_are_equal_in_episodes(episodes: int, iterations: int) -> None:
+    """Of maml 4 x 3 batches x 2 tasks x 3 episodes = 72; another's batch is of 2 tasks x E."""
+    batch = {"sampling__tasks": 2, "sampling__episodes": 3}
+    base = load_experiment("navigation", adaptation__inner_steps=2, iterations=4, **batch)
+    given = Benchmark(
+        name="x",
+        experiment="navigation",
+        settings_of={"oracle": {"sampling.episodes": episodes}},
+    )
+    found = {one.method: one.experiment.iterations for one in plan(given, base, Path("out"))}
+    assert found == {"maml": 4, "pretrained": 12, "oracle": iterations, "random": 0}
+
+
+def test_own_settings_are_trained_with_told_and_looked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run is what train makes of them to the bit, summary.json names them, and the same folder
+    is refused without them."""
+    own = {"pretrained": {"sampling.episodes": 5, "adaptation": {"step_size": 0.7}}}
+    changed: dict[str, Any] = {"candidates": [], "seeds": [3], "pretrained_step_size": None}
+    file = write(Path("b.yaml"), settings_of=own, methods=["pretrained", "random"], **changed)
+    assert run(["benchmark", file, "--out", "out", "--quiet"]) == 0
+    config = "out/pretrained-seed3/config.yaml"
+    # 2 x 2 batches x 4 tasks x 3 episodes are 48, and 3 iterations of 4 x 5 are 60.
+    experiment = load_experiment(config)
+    assert (experiment.sampling.tasks, experiment.sampling.episodes) == (4, 5)
+    assert int(rows(Path("out/pretrained-seed3"))[-1]["env_steps"]) == 3 * 4 * 5 * 6
+    expected = meta_train(experiment).params
+    found = load_subject(Path("out/pretrained-seed3")).trained.params
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["benchmark"]["settings_of"] == {
+        "pretrained": {"sampling.episodes": 5, "adaptation.step_size": 0.7}
+    }
+    sizes = {(r["method"], r["step_size"]) for r in table(Path("out"))}
+    assert sizes == {("pretrained", "0.7"), ("random", "0.3")}
+    before = written(Path("out/pretrained-seed3"))
+    capsys.readouterr()
+    for settings, complaint in (
+        ({}, "adaptation.step_size 0.7 -> 0.5, sampling.episodes 5 -> 3"),
+        ({"pretrained": {"adaptation.step_size": 0.7}}, "sampling.episodes 5 -> 3"),
+    ):
+        other = write(Path("o.yaml"), settings_of=settings, methods=["pretrained"], **changed)
+        for words in (["--out", "out"], ["--out", "new", "--reuse", "out/pretrained-seed3"]):
+            assert run(["benchmark", other, *words, "--quiet"]) == 2
+            assert (
+                f"the benchmark's for pretrained, seed 3: {complaint};" in capsys.readouterr().err
+            )
+    again = ["--methods", "pretrained", "--reuse", "out/pretrained-seed3", "--out", "new"]
+    assert run(["benchmark", file, *again, "--quiet"]) == 0
+    assert written(Path("out/pretrained-seed3")) == before
+    assert [p.name for p in Path("new").iterdir() if p.is_dir()] == []
+
+
+def test_a_step_size_of_its_own_is_no_other_methods() -> None:
+    """That of pretrained is tested with, unless the benchmark names one; the others have maml's,
+    or where there is no maml that of one which has none of its own."""
+
+    def subject(method: Method, alpha: float) -> Subject:
+        fresh = new_policy(load_experiment("navigation", adaptation__step_size=alpha))
+        return Subject(fresh, method, Path(method), 0, 0)
+
+    oracle, random = subject("oracle", 0.2), subject("random", 0.3)
+    maml, pretrained = subject("maml", 0.4), subject("pretrained", 0.6)
+    own: OwnSettings = {
+        "oracle": {"adaptation.step_size": 0.2},
+        "maml": {"adaptation.step_size": 0.4},
+        "pretrained": {"adaptation.later_step_sizes": [0.6], "adaptation.later_from": [1]},
+    }
+    for given, subjects, expected in (
+        ({}, [oracle, pretrained, random, maml], {"maml": 0.4, "pretrained": 0.6, "random": 0.4}),
+        ({"pretrained_step_size": 0.9}, [pretrained, maml], {"maml": 0.4, "pretrained": 0.9}),
+        ({}, [oracle, pretrained, random], {"pretrained": 0.6, "random": 0.3}),
+        ({"settings_of": {}}, [maml, pretrained], {"maml": 0.4, "pretrained": 0.4}),
+    ):
+        settings: dict[str, Any] = {"settings_of": own, "candidates": (), **given}
+        methods = tuple(s.method for s in subjects)
+        benchmark = Benchmark(name="x", experiment="x", methods=methods, **settings)
+        found = choose_step_sizes(benchmark, subjects, lambda _: None)
+        assert {name: size.own for name, size in found.items()} == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -410,6 +566,50 @@ def test_an_interrupted_test_is_gone_on_with(
             ["--methods", "mamll"],
             "a list of maml, pretrained, oracle, random, got ['mamll']; d",
         ),
+        ({"settings_of": 3}, [], "b.yaml: settings_of must hold methods, such as `oracle:`"),
+        ({"settings_of": None}, [], "settings_of must hold methods"),
+        ({"settings_of": {"foo": {"threads": 1}}}, [], "no method 'foo': one of maml, pretrained,"),
+        ({"settings_of": {"orcale.threads": 1}}, [], "'orcale': did you mean 'oracle'?"),
+        ({"settings_of": {"oracle": 3}}, [], "settings_of.oracle must hold settings of the exp"),
+        ({"settings_of": {"oracle": None}}, [], "settings_of.oracle must hold settings of the exp"),
+        ({"settings_of": {"random": {"threads": 1}}}, [], "settings_of.random: random is not tr"),
+        (
+            {"settings_of": {"oracle": {"threads": 1}}, "methods": ["maml", "pretrained"]},
+            [],
+            "settings_of.oracle: oracle is not among the methods",
+        ),
+        (
+            {"settings_of": {"oracle": {"sampling.tasks": 2, "sampling": {"tasks": 2}}}},
+            [],
+            "settings_of.oracle.sampling.tasks stands there twice",
+        ),
+        (
+            {"settings_of": {"oracle": {"sampling": {"task": 3}}}},
+            [],
+            "settings_of.oracle: there is no setting 'sampling.task': did you mean",
+        ),
+        (
+            {"settings_of": {"maml": {"sampling.tasks": "many"}}},
+            [],
+            "settings_of.maml: sampling.tasks must be a whole number, got 'many'",
+        ),
+        (
+            {"settings_of": {"oracle": {"sampling.tasks": 0}}},
+            ["--methods", "maml"],
+            "settings_of.oracle: sampling.tasks must be at least 1, got 0",
+        ),
+        (
+            {"settings_of": {"oracle": {"sampling": 3}}},
+            [],
+            "settings_of.oracle: sampling must hold settings of its own",
+        ),
+        (
+            {},
+            ["--settings-of.oracle.sampling.tasks", "3"],
+            "command line: --settings-of takes all that it sets as one word",
+        ),
+        ({}, ["--settings-of", "{orcale: 3}"], "command line: settings_of: there is no method 'or"),
+        ({}, ["--settings-of", "oracle"], "--settings-of holds no settings"),
         ({}, ["more"], "more"),
         ({}, ["--reuse", "nowhere"], "nowhere is not a run folder"),
     ],
@@ -426,6 +626,36 @@ def test_bad_input_is_one_sentence_and_nothing_trained(
     assert complaint in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+    assert [p.name for p in Path().iterdir()] == ["b.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("name", "the benchmark sets it"),
+        ("seed", "the benchmark sets it"),
+        ("iterations", "the benchmark sets it"),
+        ("adaptation.inner_steps", "it is what makes the method what it is"),
+        ("policy.observe_task", "it is what makes the method what it is"),
+        ("family", "all methods meet the same tasks and physics"),
+        ("family.name", "all methods meet the same tasks and physics"),
+        ("family.horizon", "all methods meet the same tasks and physics"),
+        ("physics", "all methods meet the same tasks and physics"),
+        ("warp.contacts", "all methods meet the same tasks and physics"),
+        ("evaluation.tasks", "all methods are tested alike"),
+        ("sampling.count", "what all methods sample is counted alike"),
+    ],
+)
+@pytest.mark.parametrize("method", ["maml", "pretrained", "oracle"])
+def test_what_no_method_has_of_its_own(
+    path: str, reason: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it is set to, and also where the command line has it too."""
+    section, _, name = path.partition(".")
+    for tree in ({path: 1}, {section: {name: 1}} if name else {section: 1}):
+        assert run(["benchmark", write(Path("b.yaml"), settings_of={method: tree})]) == 2
+        expected = f"b.yaml: settings_of must not set {method}.{path}, since {reason}"
+        assert expected in capsys.readouterr().err
     assert [p.name for p in Path().iterdir()] == ["b.yaml"]
 
 
