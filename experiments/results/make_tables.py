@@ -183,18 +183,23 @@ def shipped() -> str:
 TRIED: Mapping[str, Mapping[str, str]] = {
     "half_cheetah_dir": {
         "half_cheetah_dir_variants/relu_log_prob": "relu, log-prob, directions drawn one by one",
-        "benchmark_half_cheetah_dir/maml-seed0": "relu, log-prob",
+        "half_cheetah_dir_variants/relu_log_prob_balanced": "relu, log-prob",
         "half_cheetah_dir_variants/relu_likelihood_ratio": "relu, likelihood-ratio",
         "half_cheetah_dir_variants/relu_gamma95": "relu, likelihood-ratio, discount .95",
         "half_cheetah_dir_variants/relu_likelihood_ratio_from_100": (
             "relu; log-prob to iteration 100, then likelihood-ratio"
         ),
         "half_cheetah_dir_variants/tanh_log_prob": "tanh, log-prob",
-        "unfinished/half_cheetah_dir-seed0": "tanh, likelihood-ratio",
+        "benchmark_half_cheetah_dir/maml-seed0": "tanh, likelihood-ratio",
     },
     "half_cheetah_vel": {
-        "benchmark_half_cheetah_vel/maml-seed0": "relu, log-prob",
-        "unfinished/half_cheetah_vel-seed0": "tanh, likelihood-ratio, lambda .9",
+        "half_cheetah_vel_variants/relu_log_prob": "relu, log-prob",
+        "half_cheetah_vel_variants/lambda_9_momentum_0": "tanh, likelihood-ratio, lambda .9",
+        "benchmark_half_cheetah_vel/maml-seed0": (
+            "tanh, likelihood-ratio, lambda .95, momentum .9, smaller steps later"
+        ),
+        "half_cheetah_vel_variants/seed_1": "the same, seed 1",
+        "half_cheetah_vel_variants/lambda_1": "the same with lambda 1",
     },
     "ant_dir": {
         "ant_dir_variants/alpha2_gamma95": "step size .2, discount .95, lambda 1",
@@ -206,7 +211,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         "ant_dir_variants/from_265_kl01": "the next one, from iteration 265 on .01 nats",
         "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
         "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
-        "unfinished/ant_dir-seed0": (
+        "unfinished/ant_dir/maml-seed0": (
             "the one of 358, from there on step size .1, from 423 on .05, from 474 on .03 to .04, "
             "from 491 on .01 nats, from 607 on 40 tasks and .005 nats"
         ),
@@ -249,48 +254,55 @@ class Planned(NamedTuple):
     """What is planned for a family, and what an iteration of it takes."""
 
     batch: str
-    run: str
-    """Of the meta-policy, as far as it is."""
+    folder: str
+    """Of its runs, METHOD-seed0, as far as they are."""
+    iterations: int
+    """Of the meta-policy."""
     seconds: float
     """An iteration of it."""
+    baseline_steps: int
+    """Control steps of an iteration without inner step, of half a meta-iteration."""
     baseline_seconds: float
-    """An iteration without inner step, of half the control steps."""
+    """And its seconds."""
 
 
 PLAN: Mapping[str, Planned] = {
-    "half_cheetah_dir": Planned("40 x 20", "unfinished/half_cheetah_dir-seed0", 10.8, 2.4),
-    "ant_dir": Planned("20 x 40", "unfinished/ant_dir-seed0", 28.3, 8.5),
-    "half_cheetah_vel": Planned("40 x 10", "unfinished/half_cheetah_vel-seed0", 5.7, 1.2),
-    "ant_vel": Planned("20 x 40", "unfinished/ant_vel-seed0", 26.7, 9.3),
-    "navigation": Planned("20 x 20", "unfinished/navigation-seed0", 2.5, 0.6),
+    "half_cheetah_dir": Planned("40 x 20", "benchmark_half_cheetah_dir", 600, 10.8, 160_000, 2.4),
+    "ant_dir": Planned("20 x 40", "unfinished/ant_dir", 654, 28.3, 160_000, 8.5),
+    "half_cheetah_vel": Planned("40 x 10", "benchmark_half_cheetah_vel", 620, 5.7, 80_000, 1.2),
+    "ant_vel": Planned("20 x 40", "unfinished/ant_vel", 600, 26.7, 160_000, 9.3),
+    "navigation": Planned("20 x 20", "unfinished/navigation", 600, 2.5, 40_000, 0.6),
 }
 """By family, in the order in which they are run."""
-ITERATIONS = 600
 
 
-def done(run: str) -> int:
-    """Return how many iterations there are of a run."""
-    metrics = RESULTS / run / "metrics.csv"
-    return int(read_metrics(metrics)["iteration"][-1]) + 1 if metrics.is_file() else 0
+def done(run: Path) -> tuple[int, float]:
+    """Return how many iterations there are of a run, and how many control steps."""
+    if not (run / "metrics.csv").is_file():
+        return 0, 0.0
+    metrics = read_metrics(run / "metrics.csv")
+    return int(metrics["iteration"][-1]) + 1, float(metrics["env_steps"][-1])
 
 
 def plan() -> str:
     """Return what is done of the five experiments, and the hours that are left."""
     rows, total = [], 0.0
     for family, one in PLAN.items():
-        finished = done(one.run)
-        wanted = max(ITERATIONS, finished)
-        left = (wanted - finished) * one.seconds / 3600
-        begun = [done(f"unfinished/{family}_{name}-seed0") for name in ("pretrained", "oracle")]
-        # As many control steps each: twice the iterations.
-        baselines = (2 * 2 * wanted - sum(begun)) * one.baseline_seconds / 3600
-        total += left + baselines
-        words = [f"{number:.1f}" for number in (one.seconds, one.baseline_seconds, left, baselines)]
-        so_far = " / ".join(map(str, (finished, *begun)))
-        rows.append([family, one.batch, so_far, *words])
-    rows.append(["all", *[""] * 5, f"{total:.0f} together"])
-    head = ["family", "tasks x episodes", "iterations done: meta-policy / pretrained / oracle"]
-    head += ["seconds: meta-policy", "seconds: baseline", "hours left: meta-policy"]
+        runs = [RESULTS / one.folder / f"{m}-seed0" for m in ("maml", "pretrained", "oracle")]
+        (finished, sampled), *baselines = [done(run) for run in runs]
+        left = (one.iterations - finished) * one.seconds / 3600
+        # As many control steps each as the meta-policy will have had.
+        budget = sampled + (one.iterations - finished) * 2 * one.baseline_steps
+        missing = sum(max(0.0, budget - steps) for _, steps in baselines)
+        left_too = missing / one.baseline_steps * one.baseline_seconds / 3600
+        total += left + left_too
+        steps = " / ".join(f"{s / 1e6:.0f}" for s in (sampled, *(s for _, s in baselines)))
+        hours = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}", f"{left:.1f}"]
+        rows.append([family, one.batch, str(finished), steps, *hours, f"{left_too:.1f}"])
+    rows.append(["all", *[""] * 6, f"{total:.0f} together"])
+    head = ["family", "tasks x episodes", "iterations done of the meta-policy"]
+    head += ["million control steps: meta-policy / pretrained / oracle", "seconds: meta-policy"]
+    head += ["seconds: baseline", "hours left: meta-policy"]
     return table([*head, "hours left: pretrained and oracle"], rows)
 
 
@@ -358,7 +370,8 @@ PHASES = {
 
 def ant_slopes() -> str:
     """Return by how much the ant's return rose an iteration, by a straight line."""
-    found = read_metrics(RESULTS / "unfinished" / "ant_dir-seed0" / "metrics.csv")["return_1"]
+    run = RESULTS / PLAN["ant_dir"].folder / "maml-seed0"
+    found = read_metrics(run / "metrics.csv")["return_1"]
     rows = []
     for (begin, what), end in zip(PHASES.items(), [*list(PHASES)[1:], len(found)], strict=True):
         (slope, _), spread = np.polyfit(np.arange(end - begin), found[begin:end], 1, cov=True)
