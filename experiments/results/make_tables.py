@@ -180,6 +180,20 @@ def shipped() -> str:
     return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
 
 
+def shipped_gymnasium() -> str:
+    """Return what the policies of the gymnasium protocol reach in their own tests."""
+    rows = []
+    for name, folder in shipped_policies().items():
+        if (folder / "papers_tasks").is_dir():
+            continue
+        found = summary(f"../checkpoints/{name}/evaluation")
+        (run,), (method,) = found["runs"], found["methods"]
+        returns = [with_interval(step) for step in method["gradient_steps"]]
+        link = f"[{name}](experiments/checkpoints/{name})"
+        rows.append([link, str(run["iterations"]), *returns])
+    return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
+
+
 TRIED: Mapping[str, Mapping[str, str]] = {
     "half_cheetah_dir": {
         "half_cheetah_dir_variants/relu_log_prob": "relu, log-prob, directions drawn one by one",
@@ -495,6 +509,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     ),
     "inner signal": inner_signal,
     "shipped": shipped,
+    "shipped gymnasium": shipped_gymnasium,
     "training": training,
     "sinusoid": sinusoid,
     "drawn_characters": characters,
