@@ -94,7 +94,7 @@ if wanted tests; then
 fi
 if wanted train; then
     folder=$out/half_cheetah_dir_warp-seed0
-    train=(train half_cheetah_dir --family.balanced True --device "$device" --physics warp
+    train=(train half_cheetah_dir --device "$device" --physics warp
         --iterations 500 --out "$folder" "${cut[@]}")
     [ -e "$folder/checkpoints/latest" ] && train=(resume "$folder")
     run train 270 "$python" -m maml_rl "${train[@]}"

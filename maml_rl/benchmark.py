@@ -83,16 +83,13 @@ def plan(benchmark: Benchmark, base: Experiment[TaskFamily], out: Path) -> list[
         ORACLE: (oracle, math.ceil(Fraction(budget, episodes_drawn(oracle)))),
         RANDOM: (own[RANDOM], 0),
     }
-    return [
-        Planned(
-            method,
-            replace(experiment, seed=seed, iterations=iterations),
-            out / f"{method}-seed{seed}",
-        )
-        for method in benchmark.methods
-        for experiment, iterations in (variants[method],)
-        for seed in benchmark.seeds
-    ]
+    planned = []
+    for method in benchmark.methods:
+        experiment, iterations = variants[method]
+        for seed in benchmark.seeds:
+            one = replace(experiment, seed=seed, iterations=iterations)
+            planned.append(Planned(method, one, out / f"{method}-seed{seed}"))
+    return planned
 
 
 def episodes_drawn(experiment: Experiment[TaskFamily]) -> int:
@@ -304,14 +301,14 @@ def choose_step_sizes(
     Raises:
         RunStopped: if memory does not suffice.
     """
+    alphas = {s.method: s.alpha for s in reversed(subjects)}
     # Maml's, or where there is none that of a method without one of its own.
-    alpha = min(
-        subjects, key=lambda s: (s.method != MAML, has_own_alpha(benchmark, s.method))
-    ).alpha
-    alphas = {s.method: s.alpha for s in subjects if has_own_alpha(benchmark, s.method)}
+    plain = [s.alpha for s in subjects if not has_own_alpha(benchmark, s.method)]
+    alpha = alphas.get(MAML, (plain or [subjects[0].alpha])[0])
+    pretrained = alphas.get(PRETRAINED) if has_own_alpha(benchmark, PRETRAINED) else None
     own: Mapping[Method, float] = {
         MAML: alpha,
-        PRETRAINED: benchmark.pretrained_step_size or alphas.get(PRETRAINED, alpha),
+        PRETRAINED: benchmark.pretrained_step_size or pretrained or alpha,
         RANDOM: benchmark.random_step_size or alpha,
     }
     tasks = validation(subjects[0].family, benchmark.validation_tasks)
@@ -343,14 +340,13 @@ def choose_step_sizes(
     return result
 
 
+ALPHA = ("adaptation.step_size", "adaptation.later_from", "adaptation.later_step_sizes")
+"""Settings that say what alpha is."""
+
+
 def has_own_alpha(benchmark: Benchmark, method: Method) -> bool:
     """Whether `settings_of` says what alpha is in some iteration of a method."""
-    own = benchmark.settings_of.get(method, {})
-    return any(f"adaptation.{name}" in own for name in ALPHA)
-
-
-ALPHA = ("step_size", "later_from", "later_step_sizes")
-"""Settings of `adaptation` that say what alpha is."""
+    return any(name in benchmark.settings_of.get(method, {}) for name in ALPHA)
 
 
 def last_return(tests: Sequence[Evaluation | BrokenDown]) -> float:

@@ -109,7 +109,8 @@ def show_policies(console: Console) -> None:
     console.print(table)
     told = (
         f"  in {nearest(shipped_folder() / 'checkpoints')}; mean return over test tasks before and "
-        "after gradient steps, which maml-rl evaluate FOLDER/NAME measures again"
+        "after gradient steps, which maml-rl evaluate FOLDER/NAME measures again; the gymnasium "
+        "protocol's compare with their own kind alone"
     )
     console.print(told, highlight=False, soft_wrap=True)
 

@@ -44,7 +44,7 @@ from maml_rl.policy import LOG_STD, GaussianPolicy, log_std, make_policy
 from maml_rl.runs import RunFolder
 from maml_rl.sampler import Sampler
 from maml_rl.seeds import TRAINING
-from maml_rl.versions import PACKAGES, differences
+from maml_rl.versions import differences
 
 E = TypeVar("E")
 
@@ -310,8 +310,7 @@ def parameters_for(found: Checkpoint, fresh: TrainedPolicy) -> Params:
             f"  checkpoint: {theirs}\n  expected:   {ours}\n"
             "(a policy trained with a module of your own wants mean=)"
         )
-    simulates = {*PACKAGES[fresh.experiment.physics], "maml-rl"} - ROUND_ONLY
-    matters = {n: v for n, v in found.origin.versions.items() if n in simulates}
+    matters = {n: v for n, v in found.origin.versions.items() if n not in ROUND_ONLY}
     if changed := differences(matters):
         warnings.warn(
             f"checkpoint {found.path} was made with {', '.join(changed)}; it is used all the same, "

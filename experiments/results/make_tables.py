@@ -282,7 +282,9 @@ class Planned(NamedTuple):
 
 PLAN: Mapping[str, Planned] = {
     "half_cheetah_dir": Planned("40 x 20", "benchmark_half_cheetah_dir", 600, 10.8, 160_000, 2.4),
-    "ant_dir": Planned("20 x 40", "unfinished/ant_dir", 654, 28.3, 160_000, 8.5),
+    "ant_dir": Planned(
+        "20 x 40, from 607 on 40 x 40", "unfinished/ant_dir", 654, 28.3, 160_000, 8.5
+    ),
     "half_cheetah_vel": Planned("40 x 10", "benchmark_half_cheetah_vel", 620, 5.7, 80_000, 1.2),
     "ant_vel": Planned("20 x 40", "unfinished/ant_vel", 600, 26.7, 160_000, 9.3),
     "navigation": Planned("20 x 20", "unfinished/navigation", 600, 2.5, 40_000, 0.6),
