@@ -235,6 +235,10 @@ TRIED: Mapping[str, Mapping[str, str]] = {
             "the third with momentum .9, from iteration 122 on .95 and 10 tasks in place of 20"
         ),
     },
+    "ant_vel": {
+        "ant_vel_variants/lambda_98_40x20": "40 tasks x 20 episodes, lambda .98",
+        "unfinished/ant_vel/maml-seed0": "20 x 40, lambda .95; from 186 on 40 x 20, shorter steps",
+    },
     "half_cheetah_dir from 600": {
         "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
         "half_cheetah_dir_variants/from_600_alpha2": "`adaptation.step_size .2`",
@@ -286,7 +290,9 @@ PLAN: Mapping[str, Planned] = {
         "20 x 40, from 607 on 40 x 40", "unfinished/ant_dir", 654, 28.3, 160_000, 8.5
     ),
     "half_cheetah_vel": Planned("40 x 10", "benchmark_half_cheetah_vel", 620, 5.7, 80_000, 1.2),
-    "ant_vel": Planned("20 x 40", "unfinished/ant_vel", 600, 26.7, 160_000, 9.3),
+    "ant_vel": Planned(
+        "20 x 40, from 186 on 40 x 20", "unfinished/ant_vel", 600, 26.7, 160_000, 9.3
+    ),
     "navigation": Planned("20 x 20", "unfinished/navigation", 600, 2.5, 40_000, 0.6),
 }
 """By family, in the order in which they are run."""
