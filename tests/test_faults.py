@@ -560,7 +560,8 @@ def test_a_second_ctrl_c_drops_the_iteration_but_never_a_save(tmp_path: Path) ->
         "        time.sleep(0.2); os.kill(os.getpid(), signal.SIGINT)\n"
         "def watch(row, total):\n"
         "    if row['iteration'] == 0: threading.Thread(target=twice).start()\n"
-        "experiment = load_experiment('half_cheetah_vel', threads=1, sampling__tasks=8)\n"
+        "sizes = {'threads': 1, 'sampling__tasks': 8, 'iterations': 475}\n"
+        "experiment = load_experiment('half_cheetah_vel', **sizes)\n"
         "try: meta_train(experiment, out=sys.argv[1], watch=watch)\n"
         "except RunStopped as stopped: print(stopped, stopped.exit_code)\n"
     )
