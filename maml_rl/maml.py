@@ -24,14 +24,12 @@ from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
 from maml_rl.policy import GaussianPolicy, Mlp, kl_divergence, log_density, log_std
-from maml_rl.schedule import check_schedule, value_at
+from maml_rl.schedule import check_schedule, check_size, value_at
 from maml_rl.sums import sum_of
 from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
 
 INNER_STEP_NOT_FINITE = "inner step not finite"
 """Why an update was refused before it was begun."""
-MAX_STEP_SIZE = 1e6
-"""Beyond which alpha is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +56,9 @@ class AdaptationSettings:
             raise ValueError(f"adaptation.inner_steps must be at least 0, got {self.inner_steps}")
         if self.inner_steps > 100:
             raise ValueError(f"adaptation.inner_steps must be at most 100, got {self.inner_steps}")
-        check_step_size("step_size", self.step_size)
+        check_size("adaptation.step_size", self.step_size)
         for size in self.later_step_sizes:
-            check_step_size("later_step_sizes", size)
+            check_size("adaptation.later_step_sizes", size)
         check_schedule("adaptation", self.later_from, "later_step_sizes", self.later_step_sizes)
 
     def at(self, iteration: int) -> AdaptationSettings:
@@ -84,14 +82,6 @@ class AdaptationSettings:
             self.step_size if step_size is None else step_size,
             self.first_order,
         )
-
-
-def check_step_size(name: str, size: float) -> None:
-    """Raise ValueError for a step size that is out of its range."""
-    if not 0 < size < float("inf"):
-        raise ValueError(f"adaptation.{name} must be finite and above 0, got {size}")
-    if size > MAX_STEP_SIZE:
-        raise ValueError(f"adaptation.{name} must be at most {MAX_STEP_SIZE:g}, got {size}")
 
 
 class InnerStepError(ArithmeticError):

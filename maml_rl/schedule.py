@@ -9,6 +9,16 @@ from typing import TypeVar
 V = TypeVar("V")
 
 MAX_ITERATION = 10**9
+MAX_SIZE = 1e6
+"""Of alpha, and of max_kl in nats; beyond it is a slip."""
+
+
+def check_size(name: str, size: float) -> None:
+    """Raise ValueError for the size of a step, a setting by its name, that is out of range."""
+    if not 0 < size < float("inf"):
+        raise ValueError(f"{name} must be finite and above 0, got {size}")
+    if size > MAX_SIZE:
+        raise ValueError(f"{name} must be at most {MAX_SIZE:g}, got {size}")
 
 
 def check_schedule(section: str, starts: Sequence[int], name: str, later: Sequence[object]) -> None:

@@ -105,8 +105,8 @@ def test_a_shipped_policy_is_a_whole_run(name: str, capsys: pytest.CaptureFixtur
     metrics = read_metrics(path / "metrics.csv")
     summary = json.loads((path / "evaluation" / "summary.json").read_text())
     (tested,) = summary["runs"]
-    of_the_cpu = metrics["return_1"][BEFORE.get(name, 0) :]
-    assert max(of_the_cpu) == metrics["return_1"][tested["iterations"]]
+    since = metrics["return_1"][BEFORE.get(name, 0) :]
+    assert max(since) == metrics["return_1"][tested["iterations"]]
     assert run(["inspect", str(path)]) == 0
     assert "every file matches its sha256" in capsys.readouterr().out
 

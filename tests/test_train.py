@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.maml import MetaObjective, chunk_size
 from maml_rl.runs import Row, RunFolder
 from maml_rl.train import Trainer, meta_train, resume
+from maml_rl.trained import TrainedPolicy
 from maml_rl.trust_region import Refusal
 from tests.conftest import rows
 from tests.tiny import SETTINGS
@@ -152,20 +154,42 @@ def test_a_resumed_run_equals_one_never_interrupted(tmp_path: Path) -> None:
     assert load_experiment(tmp_path / "parts" / "config.yaml").iterations == 3
 
 
-def test_alpha_is_what_its_iteration_says(tmp_path: Path) -> None:
-    """In training as in a run whose config was changed by hand; in tests as in the next batch."""
-    smaller = {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]}
-    experiment = load_experiment("navigation", **{**SETTINGS, **smaller, "iterations": 4})
-    whole = meta_train(experiment, out=tmp_path / "whole")
-    plain = load_experiment("navigation", **{**SETTINGS, "iterations": 2})
-    run = tmp_path / "changed"
-    early = meta_train(plain, out=run)
-    smaller_now = replace(plain, adaptation=replace(plain.adaptation, step_size=0.1))
-    (run / "config.yaml").write_text(to_yaml(smaller_now))
-    with pytest.warns(RunWarning, match=re.escape("adaptation.step_size 0.5 -> 0.1")):
+def scheduled_and_by_hand(
+    path: Path, later: Mapping[str, object], now: Mapping[str, object], told: str
+) -> tuple[TrainedPolicy, TrainedPolicy, TrainedPolicy]:
+    """Check that a run with a schedule is the run whose config was changed by hand meanwhile.
+
+    Args:
+        path: for `whole`, the run with settings `later` of iteration 2, and `changed`.
+        later: the schedule.
+        now: what is written into the config of `changed` after two iterations.
+        told: what the warning says of it.
+
+    Returns:
+        The policies of the whole run, of the other one before the change, and at its end.
+    """
+    experiment = load_experiment("navigation", **{**SETTINGS, **later, "iterations": 4})
+    whole = meta_train(experiment, out=path / "whole")
+    plain = {**SETTINGS, "iterations": 2}
+    run = path / "changed"
+    early = meta_train(load_experiment("navigation", **plain), out=run)
+    (run / "config.yaml").write_text(to_yaml(load_experiment("navigation", **{**plain, **now})))
+    with pytest.warns(RunWarning, match=re.escape(told)):
         changed = resume(run, iterations=4)
     assert same(whole.params, changed.params)
-    assert rows(tmp_path / "whole") == rows(run)
+    assert rows(path / "whole") == rows(run)
+    return whole, early, changed
+
+
+def test_alpha_is_what_its_iteration_says(tmp_path: Path) -> None:
+    """In training as in a run whose config was changed by hand; in tests as in the next batch."""
+    whole, early, changed = scheduled_and_by_hand(
+        tmp_path,
+        {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]},
+        {"adaptation__step_size": 0.1},
+        "adaptation.step_size 0.5 -> 0.1",
+    )
+    experiment, plain = whole.experiment, early.experiment
     first = resume(tmp_path / "whole")
     assert [p.adaptation.step_size for p in (whole, first, early)] == [0.1, 0.1, 0.5]
     (loaded,) = load_subjects([tmp_path / "whole"])
@@ -238,38 +262,42 @@ def test_where_momentum_may_be_why_the_surrogate_rises_it_is_named(tmp_path: Pat
         trainer.close()
 
 
-def test_the_alpha_that_advice_names_is_the_iterations() -> None:
-    smaller = {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]}
-    experiment = load_experiment("navigation", **{**SETTINGS, **smaller})
+@pytest.mark.parametrize(
+    ("later", "reason", "setting", "values"),
+    [
+        (
+            {"adaptation__later_from": [2], "adaptation__later_step_sizes": [0.1]},
+            Refusal.LOSS_NOT_FINITE,
+            "adaptation.step_size",
+            ("0.5", "0.1"),
+        ),
+        (
+            {"trust_region__later_from": [2], "trust_region__later_max_kls": [0.001]},
+            Refusal.DID_NOT_FALL,
+            "trust_region.max_kl",
+            ("0.01", "0.001"),
+        ),
+    ],
+)
+def test_what_advice_names_is_the_iterations(
+    later: dict[str, object], reason: Refusal, setting: str, values: Sequence[str]
+) -> None:
+    experiment = load_experiment("navigation", **{**SETTINGS, **later})
     policy = maml_rl.new_policy(experiment)
     trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
-    for iteration, alpha in ((1, "0.5"), (2, "0.1")):
-        row: Row = {"iteration": iteration, "refused_because": str(Refusal.LOSS_NOT_FINITE)}
-        assert f"adaptation.step_size (now {alpha})" in trainer.advice(row)
+    for iteration, value in zip((1, 2), values, strict=True):
+        row: Row = {"iteration": iteration, "refused_because": str(reason)}
+        assert f"{setting} (now {value})" in trainer.advice(row)
     trainer.close()
 
 
 def test_the_trust_region_is_what_its_iteration_says(tmp_path: Path) -> None:
-    """As in a run whose config was changed by hand; advice names the iteration's own."""
-    smaller = {"trust_region__later_from": [2], "trust_region__later_max_kls": [0.001]}
-    experiment = load_experiment("navigation", **{**SETTINGS, **smaller, "iterations": 4})
-    whole = meta_train(experiment, out=tmp_path / "whole")
-    plain = load_experiment("navigation", **{**SETTINGS, "iterations": 2})
-    run = tmp_path / "changed"
-    meta_train(plain, out=run)
-    smaller_now = replace(plain, trust_region=replace(plain.trust_region, max_kl=0.001))
-    (run / "config.yaml").write_text(to_yaml(smaller_now))
-    with pytest.warns(RunWarning, match=re.escape("trust_region.max_kl 0.01 -> 0.001")):
-        changed = resume(run, iterations=4)
-    assert same(whole.params, changed.params)
-    metrics = rows(run)
-    assert rows(tmp_path / "whole") == metrics
-    policy = maml_rl.new_policy(experiment)
-    trainer = Trainer.build(experiment, policy.policy, policy.params, FRESH)
-    for iteration, kl in ((1, "0.01"), (2, "0.001")):
-        row: Row = {"iteration": iteration, "refused_because": str(Refusal.DID_NOT_FALL)}
-        assert f"trust_region.max_kl (now {kl})" in trainer.advice(row)
-    trainer.close()
+    scheduled_and_by_hand(
+        tmp_path,
+        {"trust_region__later_from": [2], "trust_region__later_max_kls": [0.001]},
+        {"trust_region__max_kl": 0.001},
+        "trust_region.max_kl 0.01 -> 0.001",
+    )
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])

@@ -2,7 +2,7 @@
 
 python experiments/results/fewer_colours.py
 
-Pictures that have no more colours already are left alone, so it may be run again at any time.
+Those that have a palette already are left alone, so it may be run again at any time.
 """
 
 from __future__ import annotations

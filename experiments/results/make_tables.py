@@ -164,33 +164,25 @@ def training() -> str:
     return table(head, rows)
 
 
-def shipped() -> str:
-    """Return what the policies that ship reach on the paper's tasks, and what the paper's did."""
+def shipped(test: str) -> str:
+    """Return what the policies that ship reach, and on the paper's tasks what the paper's did.
+
+    Args:
+        test: papers_tasks; or evaluation, the own test of those that have no such tasks.
+    """
     rows = []
+    papers = test == "papers_tasks"
     for name, folder in shipped_policies().items():
-        if not (folder / "papers_tasks").is_dir():
+        if (folder / "papers_tasks").is_dir() != papers:
             continue
-        found = summary(f"../checkpoints/{name}/papers_tasks")
+        found = summary(f"../checkpoints/{name}/{test}")
         (run,), (method,) = found["runs"], found["methods"]
         returns = [with_interval(step) for step in method["gradient_steps"]]
         link = f"[{name}](experiments/checkpoints/{name})"
         rows.append([link, str(run["iterations"]), *returns])
-        papers = [f"{p.mean:.1f}" for p in paper_returns(name)["maml"] if p.steps <= 3]
-        rows.append(["*the paper's*", "", *papers])
-    return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
-
-
-def shipped_gymnasium() -> str:
-    """Return what the policies of the gymnasium protocol reach in their own tests."""
-    rows = []
-    for name, folder in shipped_policies().items():
-        if (folder / "papers_tasks").is_dir():
-            continue
-        found = summary(f"../checkpoints/{name}/evaluation")
-        (run,), (method,) = found["runs"], found["methods"]
-        returns = [with_interval(step) for step in method["gradient_steps"]]
-        link = f"[{name}](experiments/checkpoints/{name})"
-        rows.append([link, str(run["iterations"]), *returns])
+        if papers:
+            theirs = [f"{p.mean:.1f}" for p in paper_returns(name)["maml"] if p.steps <= 3]
+            rows.append(["*the paper's*", "", *theirs])
     return table(["policy", "iterations", "before", "1 step", "2 steps", "3 steps"], rows)
 
 
@@ -516,8 +508,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
         "half_cheetah_dir_variants/relu_likelihood_ratio_from_100"
     ),
     "inner signal": inner_signal,
-    "shipped": shipped,
-    "shipped gymnasium": shipped_gymnasium,
+    "shipped": partial(shipped, "papers_tasks"),
+    "shipped gymnasium": partial(shipped, "evaluation"),
     "training": training,
     "sinusoid": sinusoid,
     "drawn_characters": characters,
