@@ -30,6 +30,7 @@ from maml_rl.assess import (
     Trial,
     load_subject,
     trials_here,
+    words_for,
 )
 from maml_rl.benchmark_file import Benchmark, with_own_settings
 from maml_rl.comparison import MAML, METHODS, ORACLE, PRETRAINED, RANDOM, Method
@@ -98,32 +99,31 @@ def episodes_drawn(experiment: Experiment[TaskFamily]) -> int:
     return (experiment.adaptation.inner_steps + 1) * sampling.tasks * sampling.episodes
 
 
-def check_plan(planned: Sequence[Planned], given: Sequence[Path]) -> dict[str, Path]:
-    """Return the run folders to use as they are, by the planned run's name.
+def check_plan(
+    planned: Sequence[Planned], given: Sequence[Path], *, settings_may_differ: bool = False
+) -> dict[str, Subject]:
+    """Return the policies of run folders to use as they are, by the planned run's name.
 
     Args:
         planned: every training run.
         given: run folders to use in place of training, besides those that are at their place.
+        settings_may_differ: whether a folder given may have other settings than the planned run,
+            or other iterations; its tasks must still be the benchmark's.
 
     Raises:
         InputError: if a folder given or at a planned place is another run's, or is not whole.
     """
     by_name = {one.name: one for one in planned}
-    found: dict[str, Path] = {}
-    for path in given:
-        subject = load_subject(path)
+    found: dict[str, Subject] = {}
+    for subject in map(load_subject, given):
+        path = subject.path
         who = f"{subject.method}, seed {subject.seed}"
         if who not in by_name:
             raise InputError(f"{path} is {who}, which this benchmark has not")
         if who in found:
-            raise InputError(f"{found[who]} and {path} are both {who}")
-        wanted = by_name[who].experiment.iterations
-        check_same(by_name[who], path)
-        if subject.iterations != wanted:
-            raise InputError(
-                f"{path} has done {subject.iterations} iterations, and the benchmark wants {wanted}"
-            )
-        found[who] = path
+            raise InputError(f"{found[who].path} and {path} are both {who}")
+        check_given(by_name[who], subject, settings_may_differ)
+        found[who] = subject
     for one in planned:
         if one.name in found:
             continue
@@ -139,26 +139,45 @@ def check_plan(planned: Sequence[Planned], given: Sequence[Path]) -> dict[str, P
     return found
 
 
-def check_same(one: Planned, path: Path) -> None:
-    """Raise InputError where a run folder was not trained as is planned."""
+def check_given(one: Planned, subject: Subject, settings_may_differ: bool) -> None:
+    """Raise InputError where a run that is given cannot stand for the planned one."""
+    path, wanted = subject.path, one.experiment
+    if not wanted.family.comparable(subject.family):
+        raise InputError(
+            f"{path} is of {words_for(subject.family, wanted.family)}, and the benchmark of "
+            f"{words_for(wanted.family, subject.family)}"
+        )
+    if settings_may_differ:
+        return
+    anyway = "--settings-may-differ takes it as it is"
+    check_same(one, path, anyway)
+    if subject.iterations != wanted.iterations:
+        raise InputError(
+            f"{path} has done {subject.iterations} iterations, and the benchmark wants "
+            f"{wanted.iterations}; {anyway}"
+        )
+
+
+def check_same(
+    one: Planned, path: Path, hint: str = "choose another folder with --out DIR"
+) -> None:
+    """Raise InputError, which ends in a hint, where a run was not trained as is planned."""
     there, ours = experiment_of(RunFolder.open(path)), one.experiment
-    elsewhere = "choose another folder with --out DIR"
     if there.family.name != ours.family.name:
         raise InputError(
-            f"{path} is of {there.family.name}, and the benchmark of {ours.family.name}; "
-            f"{elsewhere}"
+            f"{path} is of {there.family.name}, and the benchmark of {ours.family.name}; {hint}"
         )
     if there.seed != ours.seed:
         raise InputError(f"{path} has seed {there.seed}, and {one.name} is to be there")
     if changed := differing(as_tree(there), as_tree(ours), NOT_OF_THE_RUN):
         raise InputError(
             f"{path} was trained with other settings than the benchmark's for {one.name}: "
-            f"{changed}; {elsewhere}"
+            f"{changed}; {hint}"
         )
     if there.iterations > ours.iterations:
         raise InputError(
             f"{path} is to be trained for {there.iterations} iterations, and the benchmark wants "
-            f"{ours.iterations}; {elsewhere}"
+            f"{ours.iterations}; {hint}"
         )
     if init := begun_from(path):
         raise InputError(
@@ -252,6 +271,17 @@ def train_side_by_side(planned: Sequence[Planned], place: Workplace, show: Show)
 def progress(one: Planned) -> str:
     """Return in words where a planned run is and how far."""
     return f"{one.path}, {iterations_done(one.path)} of {one.experiment.iterations} iterations done"
+
+
+def in_place_of(one: Planned, there: Subject) -> str:
+    """Return in words what is taken in place of a planned run, and in what it differs from it."""
+    unlike = differing(as_tree(one.experiment), as_tree(there.trained.experiment), NOT_OF_THE_RUN)
+    words = f"{there.path}, {there.iterations} iterations, {there.env_steps:,} control steps in all"
+    if there.iterations != one.experiment.iterations:
+        words += f" ({one.experiment.iterations} iterations were planned)"
+    if init := begun_from(there.path):
+        words += f", begun with the parameters of {init}"
+    return words + (f"; not as planned: {unlike}" if unlike else "")
 
 
 def iterations_done(path: Path) -> int:

@@ -193,7 +193,8 @@ NOT_OF_ONE: Mapping[str, str] = {
     r"name|seed|iterations": "the benchmark sets it for each method",
     r"adaptation\.inner_steps|policy\.observe_task": "it is what makes the method what it is",
     r"(family|warp)(\..*)?|physics": "all methods meet the same tasks and physics",
-    r"evaluation(\..*)?": "all methods are tested alike",
+    # How later steps shrink goes with alpha, which each method has its own.
+    r"evaluation(\.(?!later_step_scale$).*)?": "all methods are tested alike",
     r"sampling\.count": "what all methods sample is counted alike",
 }
 """Settings that no method may have of its own, as patterns, and why."""

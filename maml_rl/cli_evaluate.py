@@ -27,6 +27,7 @@ from maml_rl.assess import (
 from maml_rl.benchmark import (
     check_plan,
     choose_step_sizes,
+    in_place_of,
     plan,
     progress,
     tasks_to_test,
@@ -103,6 +104,9 @@ class BenchmarkOptions(RunOptions, ClusterOptions):
     """The folder of the runs and results; by default runs/NAME. What is there is gone on with."""
     reuse: tuple[Path, ...] = ()
     """Run folders elsewhere to take in place of training."""
+    settings_may_differ: Switch = False
+    """Take the runs of --reuse as they are, though they were trained with other settings than the
+    benchmark's or for other iterations, on a budget of their own; it is said in what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,20 +323,27 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
         planned = plan(benchmark, base, out)
         for one in planned:
             place.check(one.experiment, "sampling", "evaluation", runs=len(planned))
-        given = check_plan(planned, options.reuse)
+        if options.settings_may_differ and not options.reuse:
+            raise InputError("--settings-may-differ is of the runs of --reuse, and there are none")
+        given = check_plan(planned, options.reuse, settings_may_differ=options.settings_may_differ)
         with going_on(shlex.join(["maml-rl", "benchmark", *words])):
             to_train = [one for one in planned if one.name not in given]
             side_by_side = place.at_once(len(to_train)) > 1
             for one in planned:
-                say(f"{one.name}: {given.get(one.name) or progress(one)}")
+                there = given.get(one.name)
+                say(f"{one.name}: {in_place_of(one, there) if there else progress(one)}")
                 if one in to_train and not side_by_side:
                     with watching(console, options.quiet) as watch:
                         train_planned(one, watch, place.engine)
             if side_by_side:
                 with watching_runs(console, options.quiet) as show:
                     train_side_by_side(to_train, place, show)
-            loaded = [load_subject(given.get(one.name, one.path)) for one in planned]
-            subjects = under_settings(loaded, base.evaluation)
+            loaded = [given.get(one.name) or load_subject(one.path) for one in planned]
+            subjects = [
+                under
+                for one, subject in zip(planned, loaded, strict=True)
+                for under in under_settings([subject], one.experiment.evaluation)
+            ]
             sizes = choose_step_sizes(benchmark, subjects, say, place.test)
             tried = {method: size.tried for method, size in sizes.items()}
             outcomes = outcomes_of(subjects, tasks, tried, place.test)

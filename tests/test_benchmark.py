@@ -177,7 +177,7 @@ def planned_by(
     """The experiments that a benchmark plans, by method; it ends before any is trained."""
     seen: list[Planned] = []
 
-    def stop(planned: Sequence[Planned], given: Sequence[Path]) -> None:
+    def stop(planned: Sequence[Planned], given: Sequence[Path], **_: object) -> None:
         seen.extend(planned)
         raise KeyboardInterrupt
 
@@ -612,6 +612,7 @@ def test_an_interrupted_test_is_gone_on_with(
         ({}, ["--settings-of", "oracle"], "--settings-of holds no settings"),
         ({}, ["more"], "more"),
         ({}, ["--reuse", "nowhere"], "nowhere is not a run folder"),
+        ({}, ["--settings-may-differ"], "is of the runs of --reuse, and there are none"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_trained(
@@ -690,7 +691,10 @@ def test_runs_of_something_else_are_refused(
         (["--methods", "maml", "--reuse", maml, oracle], "is oracle, seed 3, which this benchmark"),
         (["--reuse", maml, "copy"], f"{maml} and copy are both maml, seed 3"),
         (["--iterations", "3", "--reuse", maml], "has done 2 iterations, and the benchmark want"),
-        (["--family.horizon", "7", "--reuse", oracle], "family.horizon 6 -> 7"),
+        (
+            ["--family.horizon", "7", "--reuse", oracle, "--settings-may-differ"],
+            f"{oracle} is of navigation with horizon 6, and the benchmark of navigation with hori",
+        ),
         (["--out", "b.yaml"], "b.yaml"),
         (["--out", "moved", "--seeds", "1", "--methods", "maml"], "moved/maml-seed1 has seed 3"),
     ):
@@ -722,6 +726,51 @@ def test_settings_on_the_command_line_win(
     )
     assert (base.sampling.tasks, base.sampling.episodes, base.sampling.count) == (6, 3, "steps")
     assert base.adaptation.step_size == 0.5
+
+
+def test_runs_of_other_settings_are_taken_when_asked_for(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other iterations too; it is said in what they differ and how much they have sampled,
+    they stay as they are, and the benchmark's test is of their policies."""
+    maml = whole / "maml-seed3"
+    words = ["--methods", "maml", "random", "--seeds", "3", "--candidates", "--reuse", str(maml)]
+    words += ["--out", "out", "--iterations", "5", "--sampling.tasks", "6"]
+    file, before = write(Path("b.yaml")), written(maml)
+    assert run(["benchmark", file, *words]) == 2
+    refusal = capsys.readouterr().err
+    assert "sampling.tasks 4 -> 6; --settings-may-differ takes it as it is" in refusal
+    assert run(["benchmark", file, *words, "--settings-may-differ"]) == 0
+    assert (
+        f"maml, seed 3: {maml}, 2 iterations, 288 control steps in all (5 iterations were planned); "
+        "not as planned: sampling.tasks 6 -> 4\n"
+    ) in capsys.readouterr().out
+    tested = by_hand(maml, held_out(loaded(maml).family, 3), 0.5)
+    found = returns_of(Path("out"), method="maml", gradient_steps=2)
+    assert found == tested.returns[2].tolist()
+    assert written(maml) == before
+    assert [p.name for p in Path("out").iterdir() if p.is_dir()] == ["random-seed3"]
+
+
+def test_how_later_steps_shrink_is_each_methods_own() -> None:
+    """As alpha is; all else that a test has is the benchmark's."""
+    own = {"pretrained": {"evaluation.later_step_scale": 0.3}}
+    methods = ["pretrained", "random"]
+    file = write(Path("b.yaml"), settings_of=own, methods=methods, seeds=[3], candidates=[])
+    assert run(["benchmark", file, "--out", "out", "--quiet"]) == 0
+    settings = json.loads(Path("out/summary.json").read_text())["settings"]
+    assert {m: settings[m]["later_step_scale"] for m in methods} == {
+        **{"pretrained": 0.3, "random": 0.5}
+    }
+    there = Path("out/pretrained-seed3")
+    trained = load_subject(there).trained
+    plain = replace(trained.experiment.evaluation, later_step_scale=0.5)
+    for evaluation, same in ((trained.experiment.evaluation, True), (plain, False)):
+        policy = replace(trained, experiment=replace(trained.experiment, evaluation=evaluation))
+        tested = evaluate_policy(policy, step_size=0.2).returns
+        for steps in (0, 1, 2):
+            found = returns_of(Path("out"), method="pretrained", gradient_steps=steps)
+            assert (found == tested[steps].tolist()) == (same or steps < 2)
 
 
 @pytest.mark.slow
@@ -787,6 +836,9 @@ def test_a_run_begun_elsewhere_has_another_budget(capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert run(["benchmark", file, "--out", "second", "--quiet"]) == 2
     assert "was begun with the parameters of maml-seed3" in capsys.readouterr().err
+    words = ["--reuse", "second/maml-seed3", "--settings-may-differ", "--out", "third"]
+    assert run(["benchmark", file, *words]) == 0
+    assert "in all, begun with the parameters of maml-seed3\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "", "a/b"])
