@@ -742,8 +742,8 @@ def test_runs_of_other_settings_are_taken_when_asked_for(
     assert "sampling.tasks 4 -> 6; --settings-may-differ takes it as it is" in refusal
     assert run(["benchmark", file, *words, "--settings-may-differ"]) == 0
     assert (
-        f"maml, seed 3: {maml}, 2 iterations, 288 control steps in all (5 iterations were planned); "
-        "not as planned: sampling.tasks 6 -> 4\n"
+        f"maml, seed 3: {maml}, 2 iterations, 288 control steps in all (5 iterations were planned)"
+        "; not as planned: sampling.tasks 6 -> 4\n"
     ) in capsys.readouterr().out
     tested = by_hand(maml, held_out(loaded(maml).family, 3), 0.5)
     found = returns_of(Path("out"), method="maml", gradient_steps=2)
