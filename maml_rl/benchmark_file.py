@@ -140,37 +140,15 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
     overrides = tree.pop("settings", {})
     if not isinstance(overrides, dict):
         raise refusal(f"{file}: settings must hold settings of the experiment, such as `threads:`")
-    own = tree.pop("settings_of", {})
+    own: object = tree.pop("settings_of", {})
     settings = dict(settings_of(Benchmark))
+    # Read here, and not by tyro: it is a mapping.
     del settings["settings_of"]
-    ours: list[str] = []
-    theirs: list[str] = []
-    of_one: list[str] = []
-    where = ours
-    for word in flags:
-        if word.startswith("-"):
-            known = word in HELP or normal_flag(word) in (*settings, *ignored)
-            # What a flag is given follows it, and may be a negative number.
-            where = ours if known else theirs if word.startswith("--") else where
-            where = of_one if normal_flag(word) == "settings_of" else where
-        where.append(word)
+    ours, theirs, of_one = sorted_flags(flags, {*settings, *ignored})
     in_file = checked_settings(settings, tree, str(file), ours, ignored=ignored)
-    sections = {item.name for item in fields(Experiment)}
-    for path, _ in flag_values(theirs):
-        if path.partition(".")[0] == "settings_of":
-            raise refusal(
-                "command line: --settings-of takes all that it sets as one word, such as "
-                "'{oracle: {sampling.episodes: 40}}'"
-            )
-        if path.partition(".")[0] not in sections:
-            flags_too = settings | dict.fromkeys(ignored, Setting(bool, required=False))
-            check_keys(
-                [path], flags_too, "command line", hint=f"see `maml-rl benchmark {file} --help`"
-            )
-    for path in (*dict(leaves(overrides)), *(path for path, _ in flag_values(theirs))):
-        if path in ("name", "seed", "iterations"):
-            instead = {"seed": "seeds"}.get(path, path)
-            raise refusal(f"{file}: {path} of the experiment is set by the benchmark's {instead}")
+    on_line = [path for path, _ in flag_values(theirs)]
+    known = settings | dict.fromkeys(ignored, Setting(bool, required=False))
+    check_of_experiment(on_line, dict(leaves(overrides)), known, file)
     # The file's and the command line's: a method that is left out for once keeps its settings.
     said = flag_values([*as_flags({"methods": METHODS, **in_file}), *ours])
     methods = [word for path, words in said if path == "methods" for word in words]
@@ -179,7 +157,6 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
         source = "command line"
         own = parse_yaml(" ".join(words), "--settings-of")
     # A flag of the experiment is every method's.
-    on_line = dict(flag_values(theirs))
     in_file["settings_of"] = json.dumps(
         {
             method: {path: value for path, value in settings.items() if path not in on_line}
@@ -187,6 +164,54 @@ def benchmark_words(file: Path, flags: Sequence[str], *, ignored: Sequence[str] 
         }
     )
     return Words([*as_flags(in_file), *ours], overrides, theirs)
+
+
+def sorted_flags(
+    flags: Sequence[str], of_benchmark: Collection[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return words of the command line: the benchmark's, its experiment's, and `settings_of`."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    of_one: list[str] = []
+    where = ours
+    for word in flags:
+        if word.startswith("-"):
+            known = word in HELP or normal_flag(word) in of_benchmark
+            # What a flag is given follows it, and may be a negative number.
+            where = ours if known else theirs if word.startswith("--") else where
+            where = of_one if normal_flag(word) == "settings_of" else where
+        where.append(word)
+    return ours, theirs, of_one
+
+
+def check_of_experiment(
+    on_line: Collection[str],
+    overrides: Collection[str],
+    of_benchmark: Mapping[str, Setting],
+    file: Path,
+) -> None:
+    """Raise InputError for a setting that is neither's, or that the benchmark sets itself.
+
+    Args:
+        on_line: paths of what the command line says of the experiment.
+        overrides: paths of what the file says of it.
+        of_benchmark: settings of the benchmark and flags of the command.
+        file: the benchmark's.
+    """
+    sections = {item.name for item in fields(Experiment)}
+    for path in on_line:
+        if path.partition(".")[0] == "settings_of":
+            raise refusal(
+                "command line: --settings-of takes all that it sets as one word, such as "
+                "'{oracle: {sampling.episodes: 40}}'"
+            )
+        if path.partition(".")[0] not in sections:
+            hint = f"see `maml-rl benchmark {file} --help`"
+            check_keys([path], of_benchmark, "command line", hint=hint)
+    for path in (*overrides, *on_line):
+        if path in ("name", "seed", "iterations"):
+            instead = {"seed": "seeds"}.get(path, path)
+            raise refusal(f"{file}: {path} of the experiment is set by the benchmark's {instead}")
 
 
 NOT_OF_ONE: Mapping[str, str] = {
