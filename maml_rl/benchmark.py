@@ -187,6 +187,8 @@ def check_same(
 
 NOT_OF_THE_RUN = re.compile(rf"iterations|{NOT_OF_THE_METHOD.pattern}")
 """Settings that a run may be reused with others of."""
+NOT_OF_THE_TEST = re.compile(r"evaluation\.tasks|(?!evaluation\.).*")
+"""Settings that say nothing of how a policy is tested, but for what tasks."""
 
 
 def train_planned(one: Planned, watch: Watcher | None, engine: MakeEngine = local) -> None:
@@ -275,13 +277,16 @@ def progress(one: Planned) -> str:
 
 def in_place_of(one: Planned, there: Subject) -> str:
     """Return in words what is taken in place of a planned run, and in what it differs from it."""
-    unlike = differing(as_tree(one.experiment), as_tree(there.trained.experiment), NOT_OF_THE_RUN)
+    wanted, found = as_tree(one.experiment), as_tree(there.trained.experiment)
+    unlike = differing(wanted, found, NOT_OF_THE_RUN)
+    tested = differing(found, wanted, NOT_OF_THE_TEST)
     words = f"{there.path}, {there.iterations} iterations, {there.env_steps:,} control steps in all"
     if there.iterations != one.experiment.iterations:
         words += f" ({one.experiment.iterations} iterations were planned)"
     if init := begun_from(there.path):
         words += f", begun with the parameters of {init}"
-    return words + (f"; not as planned: {unlike}" if unlike else "")
+    words += f"; not as planned: {unlike}" if unlike else ""
+    return words + (f"; in its own test and in this one: {tested}" if tested else "")
 
 
 def iterations_done(path: Path) -> int:

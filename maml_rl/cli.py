@@ -46,6 +46,7 @@ from maml_rl.config import (
     experiment_type,
     experiment_words,
     find_experiment,
+    find_run,
     is_supervised,
 )
 from maml_rl.devices import Device, Physics, check_place
@@ -177,16 +178,16 @@ def train_command(words: Sequence[str], console: Console) -> None:
         )
         path = options.out or RunFolder.default_path(experiment.name, experiment.seed)
         RunFolder.check_free(path)
-        if options.init is not None:
-            RunFolder.open(options.init)
+        init = options.init and find_run(options.init)
+        if init is not None:
+            RunFolder.open(init)
         place = stack.enter_context(workplace_for(options.cluster))
         place.check(experiment, "sampling", "evaluation")
         if not options.quiet:
             console.print(describe(experiment), highlight=False, soft_wrap=True)
         with going_on(command_line("resume", path, options, options.cluster), path):
             with watching(console, options.quiet) as watch:
-                init, engine = options.init, place.engine
-                meta_train(experiment, out=path, init=init, watch=watch, engine=engine)
+                meta_train(experiment, out=path, init=init, watch=watch, engine=place.engine)
             report_run(console, path, place, options.quiet)
             if options.render:
                 render_trained(console, path, quiet=options.quiet)
@@ -222,6 +223,7 @@ def place_words(experiment: Experiment[TaskFamily]) -> str:
 def resume_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl resume`."""
     options = parse_options(ResumeOptions, words, "maml-rl resume")
+    options = dataclasses.replace(options, run=find_run(options.run))
     if supervised_run(options.run):
         refuse_options(
             {
@@ -265,7 +267,7 @@ def resume_command(words: Sequence[str], console: Console) -> None:
 def inspect_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl inspect`."""
     options = parse_options(InspectOptions, words, "maml-rl inspect")
-    inspect_run(options.path, console)
+    inspect_run(find_run(options.path), console)
 
 
 def replay_command(words: Sequence[str], console: Console) -> None:

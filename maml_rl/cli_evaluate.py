@@ -52,14 +52,20 @@ from maml_rl.cli_shared import (
 )
 from maml_rl.cluster_settings import ClusterSettings
 from maml_rl.comparison import METHODS, Comparison, Outcome
-from maml_rl.config import find_file, shipped_benchmarks, shipped_supervised
+from maml_rl.config import find_file, find_run, shipped_benchmarks, shipped_supervised
 from maml_rl.errors import InputError, refusal
 from maml_rl.report.tested import is_run
 from maml_rl.results import NEWEST, results_folder, write_own_test, write_results
 from maml_rl.settings import parse_options, parse_with_tyro
 from maml_rl.supervised.commands import evaluate_supervised
 from maml_rl.task_sets import TaskSet, between, chosen, held_out, papers_own
-from maml_rl.terminal import evaluation_notes, evaluation_tables, watching, watching_runs
+from maml_rl.terminal import (
+    evaluation_notes,
+    evaluation_tables,
+    later_steps_note,
+    watching,
+    watching_runs,
+)
 from maml_rl.workplace import Workplace, workplace_for
 
 
@@ -138,7 +144,7 @@ def report_results(
         console.print(text, highlight=False, soft_wrap=True)
 
     if not quiet:
-        show_results(console, compared, family, folder)
+        show_results(console, compared, subjects, folder)
     if importlib.util.find_spec("matplotlib") is None:
         if not quiet:
             say("Figures need matplotlib: pip install 'maml-rl[plot]'")
@@ -157,12 +163,24 @@ DRAWN_TASKS = 3
 """Of navigation, whose episodes are drawn."""
 
 
-def show_results(console: Console, compared: Comparison, family: TaskFamily, folder: Path) -> None:
+def show_results(
+    console: Console, compared: Comparison, subjects: Sequence[Subject], folder: Path
+) -> None:
     """Print what tests come to, and where they are."""
+    family = subjects[0].family
     console.print()
     for table in evaluation_tables(compared, family):
         console.print(table)
-    for note in [*evaluation_notes(compared, family), f"Written: {folder}"]:
+    notes = evaluation_notes(compared, family)
+    experiments = {s.method: s.trained.experiment for s in subjects}
+    scales: dict[str, float] = {
+        method: e.evaluation.later_step_scale
+        for method, e in experiments.items()
+        if e.evaluation.steps > max(1, e.adaptation.inner_steps)
+    }
+    if scales:
+        notes.append(later_steps_note(scales))
+    for note in [*notes, f"Written: {folder}"]:
         console.print(note, highlight=False, soft_wrap=True)
 
 
@@ -172,12 +190,13 @@ def report_run(console: Console, run: Path, place: Workplace, quiet: bool) -> No
     outcomes = write_own_test(subject, place.test)
     if not quiet:
         compared = Comparison.of(outcomes, subject.family)
-        show_results(console, compared, subject.family, results_folder([run], None, usual=True))
+        show_results(console, compared, [subject], results_folder([run], None, usual=True))
 
 
 def evaluate_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl evaluate`."""
     options = parse_options(EvaluateOptions, words, "maml-rl evaluate")
+    options = replace(options, run=tuple(map(find_run, options.run)))
     if not options.run:
         raise InputError("expected RUN first, as in `maml-rl evaluate runs/quickstart-seed0`")
     usual = replace(
@@ -325,13 +344,16 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
             place.check(one.experiment, "sampling", "evaluation", runs=len(planned))
         if options.settings_may_differ and not options.reuse:
             raise InputError("--settings-may-differ is of the runs of --reuse, and there are none")
-        given = check_plan(planned, options.reuse, settings_may_differ=options.settings_may_differ)
+        reused = [find_run(path) for path in options.reuse]
+        given = check_plan(planned, reused, settings_may_differ=options.settings_may_differ)
+        instead = {
+            one.name: in_place_of(one, given[one.name]) for one in planned if one.name in given
+        }
         with going_on(shlex.join(["maml-rl", "benchmark", *words])):
             to_train = [one for one in planned if one.name not in given]
             side_by_side = place.at_once(len(to_train)) > 1
             for one in planned:
-                there = given.get(one.name)
-                say(f"{one.name}: {in_place_of(one, there) if there else progress(one)}")
+                say(f"{one.name}: {instead.get(one.name) or progress(one)}")
                 if one in to_train and not side_by_side:
                     with watching(console, options.quiet) as watch:
                         train_planned(one, watch, place.engine)
@@ -351,6 +373,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
                 **NEWEST,
                 "benchmark": dataclasses.asdict(benchmark),
                 "step_sizes": {name: dataclasses.asdict(size) for name, size in sizes.items()},
+                "reused": instead,
             }
             folder = results_folder([], out, usual=True)
             report_results(console, subjects, outcomes, folder, quiet=options.quiet, notes=notes)

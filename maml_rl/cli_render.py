@@ -22,6 +22,7 @@ from maml_rl.cli_shared import (
     supervised_run,
     supervised_runs,
 )
+from maml_rl.config import find_run
 from maml_rl.errors import InputError, RunStopped, refusal
 from maml_rl.render import render
 from maml_rl.rendering import VIDEO, Rendering, RenderSettings, read_rendering
@@ -70,9 +71,9 @@ def render_command(words: Sequence[str], console: Console) -> None:
     options = parse_options(RenderOptions, words, "maml-rl render")
     if len(options.run) != 1:
         raise InputError("expected one RUN, as in `maml-rl render runs/quickstart-seed0`")
+    run = find_run(options.run[0])
     names = [field.name for field in dataclasses.fields(RenderSettings)]
     settings = RenderSettings(**{name: getattr(options, name) for name in names})
-    (run,) = options.run
     if supervised_run(run):
         raise refusal(
             f"{run} is a run of supervised learning, which has no episodes to film: "
@@ -193,6 +194,7 @@ class ReportOptions(RunOptions):
 def report_command(words: Sequence[str], console: Console) -> None:
     """`maml-rl report`."""
     options = parse_options(ReportOptions, words, "maml-rl report")
+    options = dataclasses.replace(options, run=tuple(map(find_run, options.run)))
 
     def say(text: str) -> None:
         if not options.quiet:

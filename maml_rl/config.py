@@ -154,6 +154,34 @@ def shipped_policies() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in found}
 
 
+def nearest(path: Path) -> Path:
+    """Return a path as one would type it: from the working directory where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def find_run(path: Path) -> Path:
+    """Return a run folder given as a path, or by the name of a policy that ships.
+
+    What is none is returned as it is, to be refused where it is opened.
+
+    Raises:
+        InputError: if it is nearly the name of one that ships.
+    """
+    name = str(path)
+    # A name may be too long for a path.
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path
+    shipped = shipped_policies()
+    if name not in shipped and (near := difflib.get_close_matches(name, shipped, 1, cutoff=0.8)):
+        raise refusal(
+            f"there is no run folder {name!r}, and no policy of that name ships: "
+            f"did you mean {near[0]!r}?"
+        )
+    return nearest(shipped[name]) if name in shipped else path
+
+
 def find_experiment(name: str) -> Path:
     """Return the file of an experiment given as a path, or by the name of one that ships.
 

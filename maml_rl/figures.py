@@ -192,9 +192,11 @@ def draw_returns(
         axes.plot(steps + aside, means, look.style, marker=look.marker, color=shade, label=label)
         axes.vlines(steps + aside, *bounds.T, color=shade, linewidth=2.5, alpha=0.5)
     for method, points in papers.items():
+        # One that takes no gradient step is the same all along, as ours.
+        ends = [(0, points[0].mean), (last, points[0].mean)]
+        places = [(p.steps, p.mean) for p in points] if len(points) > 1 else ends
         axes.plot(
-            [point.steps for point in points],
-            [point.mean for point in points],
+            *zip(*places, strict=True),
             ":",
             marker=MARKERS[method],
             markerfacecolor="white",
@@ -218,8 +220,8 @@ def caption(scores: Sequence[MethodScores], papers: Mapping[str, object]) -> str
         text += "\nDotted, hollow: the paper's own points (Finn et al. 2017) on the same tasks."
     if PRETRAINED in papers:
         text += (
-            "\nIts pretrained policies saw 100 fixed goals in training, ours new ones in every "
-            "batch: they saw fewer goals than ours."
+            "\nWhere there are more than two tasks, its pretrained policies saw 100 fixed ones in "
+            "training, ours new ones in every batch."
         )
     return text
 
@@ -318,7 +320,7 @@ def panels_figure(
         everything += scores
         drawn |= draw_returns(axes, scores, family, outcomes[0].evaluation.tasks)
         axes.set_title(title(family))
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, handlelength=2.5)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, handlelength=5)
     figure.supxlabel("gradient steps", fontsize=10)
     figure.supylabel("return of an episode", fontsize=10)
     figure.text(0.01, -0.01, caption(everything, drawn), va="top", fontsize=8)

@@ -49,7 +49,7 @@ def inspect_run(path: Path, console: Console) -> None:
             words[name] = "whole"
         except CheckpointError as error:
             newer = isinstance(error, NewerFormatError)
-            words[name] = "newer" if newer else "damaged" if where.exists() else "missing"
+            words[name] = "newer" if newer else "damaged" if where.exists() else "none"
             # A run can do without the others: they may not have been made yet.
             if where.exists() or name == "latest":
                 complaints.append(str(error))

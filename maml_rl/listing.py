@@ -8,7 +8,6 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +16,7 @@ import envs
 from envs import TaskFamily
 from maml_rl.config import (
     load_experiment,
+    nearest,
     shipped_benchmarks,
     shipped_experiments,
     shipped_folder,
@@ -93,7 +93,7 @@ def show_experiments(console: Console) -> None:
 
 def show_policies(console: Console) -> None:
     """Print every trained policy that ships, with what its own test gave."""
-    console.print("\nTrained policies that ship (maml-rl render FOLDER/NAME)", style="bold")
+    console.print("\nTrained policies that ship (maml-rl render NAME)", style="bold")
     table = Table(box=None, pad_edge=False)
     table.add_column("  name", no_wrap=True)
     # A protocol that is not the paper's is in the name, and 80 columns hold no more.
@@ -109,16 +109,10 @@ def show_policies(console: Console) -> None:
     console.print(table)
     told = (
         f"  in {nearest(shipped_folder() / 'checkpoints')}; mean return over test tasks before and "
-        "after gradient steps, which maml-rl evaluate FOLDER/NAME measures again; the gymnasium "
+        "after gradient steps, which maml-rl evaluate NAME measures again; the gymnasium "
         "protocol's compare with their own kind alone"
     )
     console.print(told, highlight=False, soft_wrap=True)
-
-
-def nearest(path: Path) -> Path:
-    """Return a path as one would type it: from the working directory where it lies below."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def other_protocols(family: TaskFamily, field: str, value: object) -> str:

@@ -317,6 +317,21 @@ ENOUGH: Mapping[Count, str] = {
 """What is added to a number of episodes, by what is counted."""
 
 
+def later_steps_note(scales: Mapping[str, float]) -> str:
+    """Return in a sentence how large the steps after the first are.
+
+    Args:
+        scales: `evaluation.later_step_scale` of each method that takes more than one.
+    """
+    by_scale: dict[float, list[str]] = {}
+    for method, scale in scales.items():
+        by_scale.setdefault(scale, []).append(method)
+    if len(by_scale) == 1:
+        return f"Later steps have {next(iter(by_scale)):g} of the step size."
+    each = (f"{', '.join(methods)} {scale:g}" for scale, methods in by_scale.items())
+    return f"Later steps have of the step size: {'; '.join(each)}."
+
+
 def evaluation_notes(compared: Comparison, family: TaskFamily) -> list[str]:
     """Return what a newcomer needs to read the tables, a sentence or two a line."""
     scores = compared.scores

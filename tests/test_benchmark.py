@@ -745,11 +745,27 @@ def test_runs_of_other_settings_are_taken_when_asked_for(
         f"maml, seed 3: {maml}, 2 iterations, 288 control steps in all (5 iterations were planned)"
         "; not as planned: sampling.tasks 6 -> 4\n"
     ) in capsys.readouterr().out
+    assert list(json.loads(Path("out/summary.json").read_text())["reused"]) == ["maml, seed 3"]
     tested = by_hand(maml, held_out(loaded(maml).family, 3), 0.5)
     found = returns_of(Path("out"), method="maml", gradient_steps=2)
     assert found == tested.returns[2].tolist()
     assert written(maml) == before
     assert [p.name for p in Path("out").iterdir() if p.is_dir()] == ["random-seed3"]
+
+
+def test_what_a_reused_run_would_have_been_tested_by_is_told(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the benchmark's test is another than its own, though its training is as planned."""
+    words = ["--reuse", str(whole / "random-seed3"), "--out", "out", "--candidates"]
+    words += ["--methods", "random", "--seeds", "3"]
+    file = write(Path("b.yaml"))
+    assert run(["benchmark", file, *words, "--evaluation.tasks", "2"]) == 0
+    assert "0 control steps in all\n" in capsys.readouterr().out
+    assert run(["benchmark", file, *words, "--evaluation.later-step-scale", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert "; in its own test and in this one: evaluation.later_step_scale 0.5 -> 0.2\n" in printed
+    assert "Later steps have 0.2 of the step size.\n" in printed
 
 
 def test_how_later_steps_shrink_is_each_methods_own() -> None:

@@ -137,7 +137,7 @@ def test_the_papers_pretrained_is_told_to_have_seen_fewer_goals() -> None:
         outcomes = [outcome(family, [-150.0, -90.0], method=m) for m in methods]
         scores = compare(outcomes, family)
         figure = figures.returns_figure(scores, family, outcomes[0].evaluation.tasks)
-        assert ("fewer goals than ours" in figure.texts[0].get_text()) is said
+        assert ("saw 100 fixed ones" in figure.texts[0].get_text()) is said
 
 
 def test_an_oracle_is_a_line_across() -> None:

@@ -60,14 +60,28 @@ def test_relu_did_not_reach_the_papers_return() -> None:
     assert 190 < sum(metrics["return_1"][-25:]) / 25 < 205
 
 
-def test_the_shipped_half_cheetah_reaches_the_papers_return() -> None:
-    """After one step, on the paper's tasks, no worse than its mean less one standard error."""
-    folder = shipped_policies()["half_cheetah_dir"] / "papers_tasks"
+EPISODES = {
+    "navigation": 40,
+    "half_cheetah_vel": 20,
+    "half_cheetah_dir": 20,
+    "ant_vel": 20,
+    "ant_dir": 40,
+}
+"""Behind each figure and update of the paper's test."""
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("family", sorted(EPISODES))
+def test_what_ships_reaches_the_papers_return(family: str, steps: int) -> None:
+    """On the paper's tasks, no worse than its mean less one standard error."""
+    folder = shipped_policies()[family] / "papers_tasks"
     found = json.loads((folder / "summary.json").read_text())["methods"][0]
-    theirs = paper_returns("half_cheetah_dir")["maml"][1]
-    assert (found["tasks"], found["task_count"], found["episodes"]) == ("paper", 40, 20)
-    step = found["gradient_steps"][1]
-    assert step["return"] > theirs.mean - theirs.sd_over_tasks / math.sqrt(40)
+    assert (found["tasks"], found["task_count"]) == ("paper", 40)
+    assert found["episodes"] == EPISODES[family]
+    theirs = paper_returns(family)["maml"][steps]
+    assert theirs.steps == steps
+    reached = found["gradient_steps"][steps]["return"]
+    assert reached > theirs.mean - theirs.sd_over_tasks / math.sqrt(40)
 
 
 def test_the_pages_tables_are_those_of_the_runs() -> None:

@@ -20,7 +20,7 @@ from maml_rl.comparison import Comparison
 from maml_rl.config import load_experiment
 from maml_rl.errors import InputError, RunStopped
 from maml_rl.results import long_form, results_folder, write_own_test, write_results
-from maml_rl.terminal import evaluation_notes
+from maml_rl.terminal import evaluation_notes, later_steps_note
 from maml_rl.train import meta_train
 from tests.conftest import files_at_most
 from tests.outcomes import outcome as hand_made
@@ -142,6 +142,16 @@ def test_a_note_says_whether_episodes_or_steps_are_counted() -> None:
         compared = Comparison.of([tested], Navigation2D())
         (note,) = (n for n in evaluation_notes(compared, Navigation2D()) if "acts for 7" in n)
         assert ("until it has taken as many steps" in note) == more
+
+
+def test_how_later_steps_shrink_is_told_once_or_by_method() -> None:
+    """Methods that share it together."""
+    assert (
+        later_steps_note({"maml": 0.5, "random": 0.5}) == "Later steps have 0.5 of the step size."
+    )
+    assert later_steps_note({"maml": 0.01, "pretrained": 0.5, "random": 0.5}) == (
+        "Later steps have of the step size: maml 0.01; pretrained, random 0.5."
+    )
 
 
 def test_runs_are_listed_with_what_their_training_took(subject: Subject, tmp_path: Path) -> None:

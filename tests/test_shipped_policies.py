@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 
 from envs import HalfCheetahDir
 from maml_rl.cli import run
-from maml_rl.config import load_experiment, shipped_policies
+from maml_rl.config import find_run, load_experiment, shipped_policies
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.runs import read_metrics
 from maml_rl.stored import read_outcomes
@@ -59,8 +60,13 @@ def standard_errors(found: Evaluation, stored: Evaluation) -> list[float]:
     return differences
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(POLICIES))
+QUICK = ("half_cheetah_dir", "navigation")
+"""Tested within two seconds each, so every time."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(POLICIES)]
+)
 def test_a_shipped_policy_is_still_worth_what_its_table_says(name: str) -> None:
     """The first 8 of its test tasks, before and after one step, within 3 standard errors."""
     policy = load(POLICIES[name])
@@ -85,7 +91,6 @@ def test_another_policy_or_other_physics_would_be_noticed() -> None:
 
 
 BEFORE = {
-    "ant_vel": 210,
     "half_cheetah_vel": 600,
     "half_cheetah_dir_gymnasium": 500,
     "half_cheetah_vel_gymnasium": 500,
@@ -109,6 +114,41 @@ def test_a_shipped_policy_is_a_whole_run(name: str, capsys: pytest.CaptureFixtur
     assert max(since) == metrics["return_1"][tested["iterations"]]
     assert run(["inspect", str(path)]) == 0
     assert "every file matches its sha256" in capsys.readouterr().out
+    sums = dict(line.split()[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+    assert {"config.yaml", "evaluation/evaluation.csv"} < sums.keys()
+    for file, expected in sums.items():
+        found = hashlib.sha256((path / file).read_bytes()).hexdigest()
+        assert found == expected, f"{file} is not what shipped: git checkout it, or ship.py anew"
+
+
+def test_a_shipped_policy_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From everywhere, unless something there has it; one that nearly has the name is not taken."""
+    monkeypatch.chdir(tmp_path)
+    assert find_run(Path("navigation")) == POLICIES["navigation"]
+    assert run(["inspect", "navigation"]) == 0
+    assert f"{POLICIES['navigation']}: navigation" in capsys.readouterr().out
+    words = [
+        "evaluate",
+        "navigation",
+        "--steps",
+        "0",
+        "--episodes",
+        "2",
+        "--out",
+        "test",
+        "--quiet",
+    ]
+    assert run(words) == 0
+    for command in ("inspect", "render", "evaluate", "report", "resume"):
+        assert run([command, "ant_dri"]) == 2
+        assert "did you mean 'ant_dir'?" in capsys.readouterr().err
+    assert find_run(Path("elsewhere/navigation")) == Path("elsewhere/navigation")
+    (tmp_path / "navigation").mkdir()
+    assert find_run(Path("navigation")) == Path("navigation")
+    monkeypatch.chdir(POLICIES["navigation"].parent.parent)
+    assert find_run(Path("ant_vel")) == Path("checkpoints/ant_vel")
 
 
 def test_list_shows_them_with_their_returns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +162,8 @@ def test_list_shows_them_with_their_returns(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_a_run_is_shipped_with_its_best_checkpoint(tmp_path: Path) -> None:
-    """By the script: what is newest there is the run's best, tested, and no picture is left."""
+    """By the script: what is newest there is the run's best, tested; of its pictures the learning
+    curves alone are left."""
     spec = importlib.util.spec_from_file_location("ship", SHIP)
     assert spec is not None
     assert spec.loader is not None
@@ -137,4 +178,13 @@ def test_a_run_is_shipped_with_its_best_checkpoint(tmp_path: Path) -> None:
     assert all(bool((p == best.params[name]).all()) for name, p in kept.params.items())
     files = {str(p.relative_to(tmp_path / "kept")) for p in tmp_path.glob("kept/**/*.*")}
     assert {"evaluation/evaluation.csv", "papers_tasks/evaluation.csv"} <= files
-    assert not any(name.endswith((".png", ".svg")) for name in files)
+    pictures = {name for name in files if name.endswith((".png", ".svg"))}
+    assert pictures <= {"evaluation/learning_curves.png"}
+    sums = (tmp_path / "kept" / "SHA256SUMS").read_text().split()
+    assert sums[1::2] == [
+        "checkpoints/latest/parameters.safetensors",
+        "config.yaml",
+        "evaluation/evaluation.csv",
+        "papers_tasks/evaluation.csv",
+    ]
+    assert sums[2] == hashlib.sha256((tmp_path / "kept" / "config.yaml").read_bytes()).hexdigest()

@@ -4,13 +4,17 @@ python experiments/checkpoints/ship.py RUN NAME   # RUN's best checkpoint become
 
 Copies settings, versions, metrics and the checkpoint with the best training return after
 adaptation, and tests that on the run's own test tasks; on the paper's own 40 too, where the paper
-has such tasks. No step of training is taken.
+has such tasks. No step of training is taken. SHA256SUMS says of parameters, settings and tests
+whether they are still those (`sha256sum -c SHA256SUMS`): `maml-rl evaluate NAME` writes in the
+place of the run's own test.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import envs
@@ -43,8 +47,26 @@ def ship(run: Path, target: Path) -> int:
         where = str(target / "papers_tasks")
         code = command(["evaluate", str(target), "--tasks", "paper", "--out", where, "--quiet"])
     for picture in target.glob("*/*.[ps][nv]g"):
-        picture.unlink()
+        if picture.relative_to(target) != CURVES:
+            picture.unlink()
+    sums = (f"{sha256(file)}  {file.relative_to(target)}\n" for file in sorted(guarded(target)))
+    (target / "SHA256SUMS").write_text("".join(sums))
     return code
+
+
+CURVES = Path("evaluation/learning_curves.png")
+"""The one picture that is kept."""
+
+
+def guarded(target: Path) -> Iterator[Path]:
+    """Yield the files that make a policy what it is, and those that say what it reaches."""
+    for pattern in ("config.yaml", "checkpoints/latest/parameters.safetensors", "*/evaluation.csv"):
+        yield from target.glob(pattern)
+
+
+def sha256(file: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

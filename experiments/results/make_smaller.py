@@ -2,7 +2,8 @@
 
 python experiments/results/make_smaller.py
 
-PNGs get 256 colours, a GIF's frames one palette in common, and numbers in metrics.csv seven digits.
+PNGs get 256 colours and charts 32, a GIF's frames one palette in common, and numbers in metrics.csv
+seven digits.
 What is so already is left alone, so it may be run again at any time.
 """
 
@@ -14,6 +15,8 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 COLOURS = 256
+CHARTS = {"learning_curves.png": 32, "returns.png": 32, "tasks.png": 32}
+"""Pictures of few colours, by the names of their files."""
 DIGITS = 7
 FRACTION = re.compile(r"-?\d+\.\d+(e[-+]\d+)?")
 """A number that is no integer: those are counts, and stay."""
@@ -34,13 +37,14 @@ def main() -> None:
 
 def png(file: Path) -> None:
     """Store a picture with a palette."""
-    with Image.open(file) as picture:
-        picture.load()
-    if picture.mode == "P":
-        return
+    colours = CHARTS.get(file.name, COLOURS)
+    with Image.open(file) as stored:
+        if stored.mode == "P" and stored.getcolors(colours) is not None:
+            return
+        picture = stored.convert("RGBA")
     plain = Image.new("RGB", picture.size, "white")
-    plain.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
-    plain.quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+    plain.paste(picture, mask=picture.getchannel("A"))
+    plain.quantize(colours, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def gif(file: Path) -> None:

@@ -56,6 +56,11 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
         f"{e.evaluation.tasks} tasks, {e.evaluation.episodes} episodes an update"
         f"{' or their steps' if e.evaluation.count == 'steps' else ''}, "
         f"{e.evaluation.steps} gradient steps"
+        + (
+            f", later ones {e.evaluation.later_step_scale:g} of alpha"
+            if e.evaluation.steps > max(1, e.adaptation.inner_steps)
+            else ""
+        )
     ),
 }
 """The settings that matter, in words."""
