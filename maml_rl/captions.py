@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,11 @@ class Caption(NamedTuple):
     ending: str = ""
     """How the episode ended early."""
 
+    @property
+    def lines(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """What stands left and right, line by line."""
+        return (self.task, self.step), (self.score, self.measure)
+
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -39,14 +44,20 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def captioned(picture: Frame, caption: Caption) -> Frame:
-    """Return a tile (S, S, 3) with its caption above, and how its episode ended across it."""
+def captioned(picture: Frame, caption: Caption, letters: int) -> Frame:
+    """Return a tile (S, S, 3) with its caption above, and how its episode ended across it.
+
+    Args:
+        picture: (S, S, 3).
+        caption: the words.
+        letters: their height, pixels; see `largest`.
+    """
     size = len(picture)
-    lines = ((caption.task, caption.step), (caption.score, caption.measure))
-    letters = largest(lines, size)
     margin = letters // 2
     bar = 2 * letters + 3 * margin
-    result = picture.copy()
+    # In a small tile the bar is high, and would hide the arrows above the body.
+    down = max(0, bar - size // 7)
+    result = np.concatenate([picture[:down], picture[: size - down]])
     result[:bar] //= 4
     image = Image.fromarray(result)
     draw = ImageDraw.Draw(image)
@@ -72,8 +83,9 @@ def captioned(picture: Frame, caption: Caption) -> Frame:
     return np.asarray(image)
 
 
-def largest(lines: Sequence[tuple[str, str]], size: int) -> int:
+def largest(lines: Iterable[tuple[str, str]], size: int) -> int:
     """Return the height of letters, pixels, at which two words a line fit side by side."""
+    lines = list(lines)
     for letters in range(max(9, size // 24), 5, -1):
         widest = max(font(letters).getlength("  ".join(words)) for words in lines)
         if widest <= size - letters:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from envs.cameras import Camera, Frame, open_camera
-from envs.family import TaskFamily, Transition, Worlds
-from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey
+from envs.family import Column, TaskFamily, Transition, Worlds
+from maml_rl.captions import Caption, StripRow, captioned, film_strip, grey, largest
 from maml_rl.movies import Movie
 from maml_rl.rendering import RenderSettings
 from maml_rl.terminal import step_words
@@ -25,6 +25,24 @@ INSTANTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def step_label(steps: int, last: int) -> str:
     """Return "before adapting", "1 gradient step" and so on, of columns up to `last` steps."""
     return step_words(steps).removeprefix("after ") if last else "no gradient step"
+
+
+SMALL = 200
+"""Side of a tile, pixels, below which captions are short: their letters would be too small."""
+WIDEST = ("return -999.9", -9.99)
+"""Return in words, and measure, that letters are made to fit from the first frame on."""
+
+
+def short_label(steps: int, last: int) -> str:
+    """Return what `step_label` does in fewer letters."""
+    return step_label(steps, last).replace("gradient ", "").removesuffix(" adapting")
+
+
+def measure_words(column: Column, value: float, digits: str, *, named: bool) -> str:
+    """Return a measure with its unit, and its name if wanted."""
+    # Not "-0.0".
+    words = f"{value:z{digits}} {column.unit}"
+    return f"{column.name} {words}" if named else words
 
 
 class Stage:
@@ -63,6 +81,8 @@ class Stage:
         self._measures: npt.NDArray[np.float32] | None = None
         self._step = self._drawn_step = 0
         self._pictures: list[Frame | None] = [None] * count
+        self._letters = settings.size
+        """Height, pixels: the same in all tiles, and never larger than before."""
         self._camera: Camera | None = None
         self._instants = [round(share * family.episode_steps) for share in INSTANTS]
         # For each row, for each column, what its strip shows so far.
@@ -131,30 +151,44 @@ class Stage:
             picture = before
         self._pictures[world] = grey(picture) if self._failed[world] else picture
 
-    def _tile(self, world: int) -> Frame:
-        """Return a world's last picture with its caption."""
-        picture = self._pictures[world]
-        assert picture is not None  # drawn with the first frame
+    def _caption(self, world: int) -> Caption:
+        """Return what a world's tile says now."""
         task = self._family.describe_task(self._tasks[world % len(self._tasks)])
         score = f"return {self.returns[world]:z.1f}"
-        measure = self._measure_words(world, ".2f", named=True)
-        label = step_label(world // len(self._tasks), self._columns - 1)
-        return captioned(picture, Caption(task, label, score, measure, self.endings[world]))
+        small = self._settings.size < SMALL
+        measure = self._measure_words(world, ".2f", named=not small)
+        label = short_label if small else step_label
+        steps = label(world // len(self._tasks), self._columns - 1)
+        return Caption(task, steps, score, measure, self.endings[world])
+
+    def _fit_letters(self, captions: Sequence[Caption]) -> None:
+        """Choose letters for which there is room in every caption, now and probably later."""
+        size = self._settings.size
+        score, value = WIDEST
+        named = size >= SMALL
+        columns = self._family.measure_columns[:1]
+        widest = [(score, measure_words(c, value, ".2f", named=named)) for c in columns]
+        lines = [line for caption in captions for line in caption.lines]
+        self._letters = min(self._letters, largest([*lines, *widest], size))
 
     def _measure_words(self, world: int, digits: str, *, named: bool) -> str:
         """Return what the family measures of a world now, "" before the first step."""
         if self._measures is None:
             return ""
         column = self._family.measure_columns[0]
-        # Not "-0.0".
-        value = f"{self._measures[world, 0]:z{digits}} {column.unit}"
-        return f"{column.name} {value}" if named else value
+        return measure_words(column, float(self._measures[world, 0]), digits, named=named)
 
     def _show(self) -> None:
         """Send a frame to every movie."""
         rows = len(self._tasks)
+        captions = [self._caption(world) for world in range(len(self.returns))]
+        self._fit_letters(captions)
+        tiles = []
+        for picture, caption in zip(self._pictures, captions, strict=True):
+            assert picture is not None  # drawn with the first frame
+            tiles.append(captioned(picture, caption, self._letters))
         columns = [
-            np.concatenate([self._tile(column * rows + row) for row in range(rows)])
+            np.concatenate(tiles[column * rows : (column + 1) * rows])
             for column in range(self._columns)
         ]
         whole = np.concatenate(columns, axis=1)

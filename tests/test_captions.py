@@ -10,8 +10,9 @@ from envs.cameras import Color, Frame
 from maml_rl.captions import Caption, StripRow, captioned, film_strip, font, grey, largest
 
 SIZE = 120
-BAR = 2 * 9 + 3 * 4
-"""Pixels of the two lines above the picture: letters of 9, margins of 4."""
+LETTERS = 4
+BAR = 2 * LETTERS + 3 * 2
+"""Pixels of the two lines above the picture, with margins of half a letter."""
 PLAIN = Caption("aaa", "bbb", "ccc", "ddd")
 
 
@@ -37,8 +38,8 @@ def box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
 def test_each_word_has_its_own_corner(field: str, upper: bool, left: bool) -> None:
     """Task and number of steps above, return and measure below; only what changes is redrawn."""
     picture = flat((80, 120, 160))
-    before = captioned(picture, PLAIN)
-    after = captioned(picture, PLAIN._replace(**{field: "xyz"}))
+    before = captioned(picture, PLAIN, LETTERS)
+    after = captioned(picture, PLAIN._replace(**{field: "xyz"}), LETTERS)
     top, bottom, first, last = box((before != after).any(-1))
     assert (bottom < BAR // 2 + 2) if upper else (top > BAR // 2 - 2)
     assert bottom < BAR
@@ -50,7 +51,7 @@ def test_the_picture_below_the_caption_is_left_alone() -> None:
     rng = np.random.default_rng(3)
     picture: Frame = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     given = picture.copy()
-    result = captioned(picture, Caption("", "", "", ""))
+    result = captioned(picture, Caption("", "", "", ""), LETTERS)
     assert (picture == given).all()
     assert result.shape == picture.shape
     assert result.dtype == np.uint8
@@ -61,17 +62,27 @@ def test_the_picture_below_the_caption_is_left_alone() -> None:
     assert len(np.unique(result[[0, -1]].reshape(-1, 3), axis=0)) == 1
 
 
+def test_a_high_caption_pushes_the_picture_down() -> None:
+    """By what it has over a seventh of the tile, so that what is above the body stays in sight."""
+    rows = np.arange(SIZE, dtype=np.uint8)[:, None, None]
+    picture: Frame = np.broadcast_to(rows, (SIZE, SIZE, 3)).copy()
+    bar = 2 * 9 + 3 * 4
+    result = captioned(picture, Caption("", "", "", ""), 9)
+    down = bar - SIZE // 7
+    assert (result[bar:-1, 1:-1] == picture[bar - down : -1 - down, 1:-1]).all()
+
+
 def test_how_an_episode_ended_is_written_across_the_foot() -> None:
     """In the middle, larger than the caption."""
     picture = flat((80, 120, 160))
-    before = captioned(picture, PLAIN)
-    after = captioned(picture, PLAIN._replace(ending="fell at 1.3 s"))
+    before = captioned(picture, PLAIN, 9)
+    after = captioned(picture, PLAIN._replace(ending="fell at 1.3 s"), 9)
     top, bottom, first, last = box((before != after).any(-1))
     assert top > 0.7 * SIZE
     assert bottom < SIZE - 1
     assert bottom - top > 9
     assert abs(first + last - SIZE) <= 4
-    other = captioned(picture, PLAIN._replace(ending="fell at 1.4 s"))
+    other = captioned(picture, PLAIN._replace(ending="fell at 1.4 s"), 9)
     assert (other != after).any()
 
 

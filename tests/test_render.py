@@ -132,9 +132,9 @@ def captions(monkeypatch: pytest.MonkeyPatch) -> list[Caption]:
     """Every caption that is drawn."""
     found: list[Caption] = []
 
-    def note(picture: Frame, caption: Caption) -> Frame:
+    def note(picture: Frame, caption: Caption, letters: int) -> Frame:
         found.append(caption)
-        return captioned(picture, caption)
+        return captioned(picture, caption, letters)
 
     monkeypatch.setattr(stage_module, "captioned", note)
     return found

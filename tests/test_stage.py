@@ -55,6 +55,7 @@ class Seen:
         self.tasks: dict[int, list[float]] = {}
         self.measures: list[Array | None] = []
         self.captions: list[Caption] = []
+        self.letters: list[int] = []
         self.strips: list[tuple[str, Sequence[str], Sequence[StripRow]]] = []
         self.closed = 0
 
@@ -74,8 +75,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         def close(self) -> None:
             noted.closed += 1
 
-    def note(picture: Frame, caption: Caption) -> Frame:
+    def note(picture: Frame, caption: Caption, letters: int) -> Frame:
         noted.captions.append(caption)
+        noted.letters.append(letters)
         return picture
 
     def keep(title: str, instants: Sequence[str], rows: Sequence[StripRow]) -> str:
@@ -85,6 +87,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(stage_module, "open_camera", lambda *_: FakeCamera())
     monkeypatch.setattr(stage_module, "captioned", note)
     monkeypatch.setattr(stage_module, "film_strip", keep)
+    # Small tiles, and captions as in large ones.
+    monkeypatch.setattr(stage_module, "SMALL", 0)
     return noted
 
 
@@ -273,6 +277,33 @@ def test_a_caption_has_the_return_and_the_measure_so_far(seen: Seen) -> None:
         ["distance 7.00 m", "distance 8.00 m"],
     ]
     assert play.stage.returns.tolist() == pytest.approx([7.0, -8.04])
+
+
+def test_letters_are_as_high_in_every_tile_and_never_grow(seen: Seen) -> None:
+    """From the first frame on, when there is no measure yet; longer words alone make them lower."""
+    play = Play(seen, cheetah(horizon=5), [[1.0], [2.0]], 3, RenderSettings(size=480, fps=100.0))
+    play.step([1.0, 2.0, 3.0, 4.0, 5.0, -900.0], -5.0)
+    assert set(seen.letters) == {480 // 24}
+    play.step([1e30, *[0.0] * 5])
+    play.step([-1e30, *[0.0] * 5])
+    play.stage.finish()
+    assert seen.letters == sorted(seen.letters, reverse=True)
+    (first, last) = dict.fromkeys(seen.letters)
+    assert first == 480 // 24 > last
+
+
+def test_small_tiles_say_it_in_fewer_words(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the measure's name; strips have room."""
+    monkeypatch.setattr(stage_module, "SMALL", SIZE + 1)
+    play = Play(seen, cheetah(horizon=2), [[1.0]], columns=3)
+    play.step(measures=2.0)
+    play.step(measures=2.0)
+    play.stage.finish()
+    assert [caption.step for caption in seen.captions[-3:]] == ["before", "1 step", "2 steps"]
+    assert {caption.measure for caption in seen.captions[-3:]} == {"2.00 m/s"}
+    play.stage.strips()
+    labels = [row.words for row in seen.strips[0][2]]
+    assert labels == ["before adapting", "1 gradient step", "2 gradient steps"]
 
 
 @pytest.mark.parametrize(("protocol", "steps"), [("paper", 50), ("gymnasium", 10)])
