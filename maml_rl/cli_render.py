@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,10 @@ def render_command(words: Sequence[str], console: Console) -> None:
     with Importing(options.allow_import):
         subject = with_steps(load_subject(run, options.checkpoint), options.steps)
         tasks = chosen(subject.family, options.task) if options.task else None
+        if tasks is not None and not options.quiet:
+            outside = subject.family.outside_training(tasks.tasks).tolist()
+            for text in itertools.compress(options.task, outside):
+                console.print(f"Training never drew task {text}.", highlight=False, soft_wrap=True)
         folder = options.out or run / VIDEO
         made = render(
             subject, folder, tasks=tasks, checkpoint=options.checkpoint, settings=settings

@@ -6,8 +6,10 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -77,7 +79,7 @@ def show_class(
 
 
 def show_experiments(console: Console) -> None:
-    """Print every experiment and benchmark that ships, with its file's first line."""
+    """Print every experiment and benchmark that ships, with its file's first sentence."""
     for title, files in (
         ("Experiments that ship (maml-rl train NAME)", shipped_experiments()),
         ("Supervised experiments that ship (maml-rl train NAME)", shipped_supervised()),
@@ -86,9 +88,16 @@ def show_experiments(console: Console) -> None:
         console.print(f"\n{title}", style="bold")
         table = Table(box=None, pad_edge=False, show_header=False)
         for name, path in files.items():
-            header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            table.add_row(f"  {name}", header)
+            table.add_row(f"  {name}", first_sentence(path))
         console.print(table)
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that a file begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    # Not at "et al. 2017".
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(line.lstrip("# ") for line in comment))[0]
 
 
 def show_policies(console: Console) -> None:

@@ -98,14 +98,23 @@ def chosen(family: TaskFamily, texts: Sequence[str]) -> TaskSet:
 
 
 def parse_task(family: TaskFamily, text: str) -> Tasks:
-    """Return one task (P,) from its text.
+    """Return one task (P,) from its text: numbers, or of finitely many one in words, "forward".
 
     Raises:
         FamilyError: if it is none.
     """
+    finite = family.finite_tasks
+    tasks = [] if finite is None else [family.check_task(task) for task in finite]
+    in_words = {family.describe_task(task): task for task in tasks}
+    if text in in_words:
+        return in_words[text]
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
+        if in_words:
+            raise FamilyError(
+                f"{family.name}: a task is {' or '.join(in_words)}; got {text!r}"
+            ) from error
         names = ", ".join(f"{c.name} ({c.unit})" for c in family.task_columns)
         example = ",".join(["0.5"] * len(family.task_columns))
         raise FamilyError(

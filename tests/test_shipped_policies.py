@@ -14,7 +14,14 @@ import pytest
 
 from envs import HalfCheetahDir
 from maml_rl.cli import run
-from maml_rl.config import find_run, load_experiment, shipped_policies
+from maml_rl.config import (
+    find_run,
+    load_experiment,
+    shipped_benchmarks,
+    shipped_experiments,
+    shipped_policies,
+    shipped_supervised,
+)
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.runs import read_metrics
 from maml_rl.stored import read_outcomes
@@ -149,6 +156,19 @@ def test_a_shipped_policy_goes_by_its_name(
     assert find_run(Path("navigation")) == Path("navigation")
     monkeypatch.chdir(POLICIES["navigation"].parent.parent)
     assert find_run(Path("ant_vel")) == Path("checkpoints/ant_vel")
+
+
+def test_list_shows_what_an_experiment_is_in_whole_sentences(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first of its file goes over several lines."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["list"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    experiments = {*shipped_experiments(), *shipped_supervised(), *shipped_benchmarks()}
+    shown = [line for line in lines if line.partition(" ")[0] in experiments]
+    told = [line for line in shown if line.endswith(".") and not line.endswith("al.")]
+    assert len(told) == len(experiments)
 
 
 def test_list_shows_them_with_their_returns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,14 @@ def test_chosen_tasks_are_read_from_text() -> None:
     assert (goals.source, goals.tasks.tolist()) == ("chosen", [[0.25, -0.5]])
 
 
+def test_one_of_finitely_many_tasks_may_be_given_in_words() -> None:
+    """As it is called in tables; what is none of them is answered with them."""
+    ants = envs.make("ant_dir")
+    assert chosen(ants, ["forward", "-1", "backward"]).tasks.tolist() == [[1], [-1], [-1]]
+    with pytest.raises(FamilyError, match="a task is backward or forward; got 'north'"):
+        chosen(ants, ["north"])
+
+
 @pytest.mark.parametrize(
     ("family", "text"),
     [
