@@ -208,24 +208,24 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         "half_cheetah_vel_variants/lambda_1": "the same with lambda 1",
     },
     "ant_dir": {
-        "ant_dir_variants/alpha2_gamma95": "step size .2, discount .95, lambda 1",
-        "ant_dir_variants/alpha3_gamma95_lambda9": "step size .3, discount .95, lambda .9",
+        "ant_dir_variants/alpha2_gamma95": "A: step size .2, discount .95, lambda 1",
+        "ant_dir_variants/alpha3_gamma95_lambda9": "B: step size .3, discount .95, lambda .9",
         "ant_dir_variants/at_101": (
-            "the same, from 49 on discount .99, lambda .95, from 82 on lambda .98"
+            "C: B, from iteration 49 on discount .99, lambda .95, from 82 on lambda .98"
         ),
-        "ant_dir_variants/from_63_kl06": "that, from iteration 63 on .06 nats",
-        "ant_dir_variants/from_265_kl01": "the next one, from iteration 265 on .01 nats",
-        "ant_dir_variants/at_358": "the third, from iteration 101 on momentum .9",
-        "ant_dir_variants/from_358_alpha15": "that, from there on step size .15",
+        "ant_dir_variants/from_63_kl06": "D: C, from iteration 63 on .06 nats",
+        "ant_dir_variants/at_358": "E: C, from iteration 101 on momentum .9",
+        "ant_dir_variants/from_122_momentum95_m10": (
+            "F: E, from iteration 122 on momentum .95 and 10 tasks in place of 20"
+        ),
+        "ant_dir_variants/from_265_kl01": "G: E, from iteration 265 on .01 nats",
+        "ant_dir_variants/from_358_alpha15": "H: E, from iteration 358 on step size .15",
         "unfinished/ant_dir/maml-seed0": (
-            "the one of 358, from there on step size .1, from 423 on .05, from 474 on .03 to .04, "
+            "I: E, from iteration 358 on step size .1, from 423 on .05, from 474 on .03 to .04, "
             "from 491 on .01 nats, from 607 on 40 tasks and .005 nats"
         ),
-        "ant_dir_variants/from_600_lambda95": "that, from iteration 600 on lambda .95",
-        "ant_dir_variants/from_373_alpha06": "that, from iteration 373 on step size .06",
-        "ant_dir_variants/from_122_momentum95_m10": (
-            "the third with momentum .9, from iteration 122 on .95 and 10 tasks in place of 20"
-        ),
+        "ant_dir_variants/from_373_alpha06": "J: I, from iteration 373 on step size .06",
+        "ant_dir_variants/from_600_lambda95": "K: I, from iteration 600 on lambda .95",
     },
     "ant_vel": {
         "ant_vel_variants/lambda_98_40x20": "40 tasks x 20 episodes, lambda .98",
@@ -298,6 +298,14 @@ def done(run: Path) -> tuple[int, float]:
     return int(metrics["iteration"][-1]) + 1, float(metrics["env_steps"][-1])
 
 
+def hours(run: Path) -> float:
+    """Return how long a run sampled and updated."""
+    if not (run / "metrics.csv").is_file():
+        return 0.0
+    metrics = read_metrics(run / "metrics.csv")
+    return sum(metrics["seconds_sampling"] + metrics["seconds_updating"]) / 3600
+
+
 def plan() -> str:
     """Return what is done of the five experiments, and the hours that are left."""
     rows, total = [], 0.0
@@ -311,12 +319,14 @@ def plan() -> str:
         left_too = missing / one.baseline_steps * one.baseline_seconds / 3600
         total += left + left_too
         steps = " / ".join(f"{s / 1e6:.0f}" for s in (sampled, *(s for _, s in baselines)))
-        hours = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}", f"{left:.1f}"]
-        rows.append([family, one.batch, str(finished), steps, *hours, f"{left_too:.1f}"])
-    rows.append(["all", *[""] * 6, f"{total:.0f} together"])
+        taken = " / ".join(f"{hours(run):.1f}" for run in runs)
+        seconds = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}"]
+        left_words = [f"{left:.1f}", f"{left_too:.1f}"]
+        rows.append([family, one.batch, str(finished), steps, taken, *seconds, *left_words])
+    rows.append(["all", *[""] * 7, f"{total:.0f} together"])
     head = ["family", "tasks x episodes", "iterations done of the meta-policy"]
-    head += ["million control steps: meta-policy / pretrained / oracle", "seconds: meta-policy"]
-    head += ["seconds: baseline", "hours left: meta-policy"]
+    head += ["million control steps: meta-policy / pretrained / oracle", "hours they took"]
+    head += ["seconds: meta-policy", "seconds: baseline", "hours left: meta-policy"]
     return table([*head, "hours left: pretrained and oracle"], rows)
 
 
