@@ -303,7 +303,7 @@ def hours(run: Path) -> float:
     if not (run / "metrics.csv").is_file():
         return 0.0
     metrics = read_metrics(run / "metrics.csv")
-    return sum(metrics["seconds_sampling"] + metrics["seconds_updating"]) / 3600
+    return sum(sum(metrics[f"seconds_{name}"]) for name in ("sampling", "updating")) / 3600
 
 
 def plan() -> str:
