@@ -129,6 +129,15 @@ def test_the_papers_points_stand_beside_ours_where_they_may() -> None:
         assert labels(drawn([outcome(family, ours)], family)) == ["maml"]
 
 
+def test_the_papers_oracle_is_a_line_across_too() -> None:
+    """Its 442.69 of half_cheetah_dir, from the first to the last number of steps."""
+    family = HalfCheetahDir()
+    ours = [outcome(family, [0.0, 400.0, 410.0]), outcome(family, [700.0], method="oracle")]
+    (line,) = (one for one in drawn(ours, family).lines if one.get_label() == "oracle, the paper's")
+    assert np.asarray(line.get_xdata()).tolist() == [0, 2]
+    assert np.asarray(line.get_ydata()) == pytest.approx([442.69, 442.69])
+
+
 def test_the_papers_pretrained_is_told_to_have_seen_fewer_goals() -> None:
     """In the caption, where its points are drawn, and only there."""
     family = HalfCheetahVel()

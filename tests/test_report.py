@@ -405,6 +405,15 @@ def test_all_that_alpha_will_be_is_shown() -> None:
     assert shown == ["0.5, from iteration 9 on 0.2, from iteration 30 on 0.05"]
 
 
+def test_how_large_later_test_steps_are_is_shown_where_there_are_any() -> None:
+    for changed, told in (({}, True), ({"evaluation__steps": 1}, False)):
+        own = load_experiment("navigation", evaluation__later_step_scale=0.25, **changed)
+        ((shown,),) = (
+            value for name, value in settings_table({"maml": own}, SHOWN).rows if "own" in name
+        )
+        assert shown.endswith(", later ones 0.25 of alpha") is told
+
+
 def test_all_that_max_kl_will_be_is_shown() -> None:
     changing = load_experiment(
         "navigation", trust_region__later_from=[40], trust_region__later_max_kls=[0.0025]

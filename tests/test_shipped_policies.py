@@ -23,7 +23,7 @@ from maml_rl.config import (
     shipped_supervised,
 )
 from maml_rl.evaluate import Evaluation, evaluate
-from maml_rl.runs import read_metrics
+from maml_rl.runs import begun_from, read_metrics
 from maml_rl.stored import read_outcomes
 from maml_rl.trained import TrainedPolicy, load
 from tests.tiny import TINY
@@ -151,6 +151,15 @@ def test_a_shipped_policy_goes_by_its_name(
     for command in ("inspect", "render", "evaluate", "report", "resume"):
         assert run([command, "ant_dri"]) == 2
         assert "did you mean 'ant_dir'?" in capsys.readouterr().err
+    short = ["--evaluation.steps", "1", "--evaluation.episodes", "2", "--evaluation.tasks", "2"]
+    words = ["train", "navigation", "--iterations", "0", "--init", "navigation", *short]
+    assert run([*words, "--out", "begun"]) == 0
+    assert begun_from(Path("begun")) == "navigation"
+    assert "Later steps" not in capsys.readouterr().out
+    words = ["benchmark", "benchmark_navigation", "--reuse", "navigation", "--settings-may-differ"]
+    words += ["--methods", "maml", "--seeds", "0", "--candidates", "--tasks", "test", *short]
+    assert run([*words, "--out", "compared"]) == 0
+    assert "maml, seed 0: " + str(POLICIES["navigation"]) in capsys.readouterr().out
     assert find_run(Path("elsewhere/navigation")) == Path("elsewhere/navigation")
     (tmp_path / "navigation").mkdir()
     assert find_run(Path("navigation")) == Path("navigation")

@@ -22,7 +22,7 @@ from envs.family import TaskFamily, Transition
 from envs.half_cheetah import HalfCheetahDir, HalfCheetahVel
 from envs.navigation import Navigation2D
 from maml_rl import stage as stage_module
-from maml_rl.captions import Caption, StripRow, grey
+from maml_rl.captions import Caption, StripRow, grey, largest
 from maml_rl.movies import Movie
 from maml_rl.rendering import RenderSettings
 from maml_rl.stage import Stage, step_label
@@ -290,6 +290,21 @@ def test_letters_are_as_high_in_every_tile_and_never_grow(seen: Seen) -> None:
     assert seen.letters == sorted(seen.letters, reverse=True)
     (first, last) = dict.fromkeys(seen.letters)
     assert first == 480 // 24 > last
+
+
+def test_letters_have_room_for_what_is_still_to_come(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a small tile, whose first words are short, as in the frames after it."""
+    monkeypatch.setattr(stage_module, "SMALL", SIZE + 1)
+    play = Play(seen, HalfCheetahDir(horizon=3), [[1.0]], columns=2)
+    for _ in range(3):
+        play.step(-300.0, -5.0)
+    play.stage.finish()
+    lines = seen.captions[-1].lines
+    assert lines == (("forward", "1 step"), ("return -900.0", "-5.00 m/s"))
+    assert set(seen.letters) == {largest(lines, SIZE)}
+    assert largest(seen.captions[0].lines, SIZE) > largest(lines, SIZE)
 
 
 def test_small_tiles_say_it_in_fewer_words(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
