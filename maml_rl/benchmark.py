@@ -40,6 +40,7 @@ from maml_rl.evaluate import Evaluation
 from maml_rl.loop import Show, Watcher
 from maml_rl.runs import Row, RunFolder, begun_from
 from maml_rl.signals import stop_requests
+from maml_rl.stored import has_results, read_summary
 from maml_rl.task_sets import TaskSet, held_out, papers_own, validation
 from maml_rl.train import MakeEngine, local, meta_train, resume
 from maml_rl.trained import differing, experiment_of
@@ -137,6 +138,25 @@ def check_plan(
         else:
             RunFolder.check_free(one.path)
     return found
+
+
+def check_reused(planned: Sequence[Planned], given: Mapping[str, Subject], out: Path) -> None:
+    """Raise InputError where results are there of a run that was given, and now is to be trained.
+
+    Args:
+        planned: every training run.
+        given: those that are given now.
+        out: the benchmark's folder.
+    """
+    if not has_results(out):
+        return
+    reused = read_summary(out).reused
+    for one in planned:
+        if one.name in reused and one.name not in given and not one.path.exists():
+            raise InputError(
+                f"the results in {out} are of another run for {one.name}: {reused[one.name]}; give "
+                "it again with --reuse, or choose another folder with --out DIR"
+            )
 
 
 def check_given(one: Planned, subject: Subject, settings_may_differ: bool) -> None:

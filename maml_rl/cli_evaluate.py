@@ -26,6 +26,7 @@ from maml_rl.assess import (
 )
 from maml_rl.benchmark import (
     check_plan,
+    check_reused,
     choose_step_sizes,
     in_place_of,
     plan,
@@ -346,6 +347,7 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
             raise InputError("--settings-may-differ is of the runs of --reuse, and there are none")
         reused = [find_run(path) for path in options.reuse]
         given = check_plan(planned, reused, settings_may_differ=options.settings_may_differ)
+        check_reused(planned, given, out)
         instead = {
             one.name: in_place_of(one, given[one.name]) for one in planned if one.name in given
         }

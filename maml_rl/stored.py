@@ -63,6 +63,8 @@ class Summary:
     runs: tuple[RunTested, ...]
     benchmark: str
     """Name of the benchmark that they are of, "" if of none."""
+    reused: Mapping[str, str]
+    """Of a benchmark, runs that `--reuse` gave, and where each was; by method and seed."""
 
 
 def has_results(folder: Path) -> bool:
@@ -83,7 +85,8 @@ def read_summary(folder: Path) -> Summary:
         runs = tuple(RunTested(**{n: entry[n] for n in names}) for entry in found["runs"])
         made_with = {str(name): str(version) for name, version in found["versions"].items()}
         benchmark = found.get("benchmark", {"name": ""})["name"]
-        return Summary(made_with, runs, str(benchmark))
+        reused = {str(name): str(where) for name, where in found.get("reused", {}).items()}
+        return Summary(made_with, runs, str(benchmark), reused)
     except OSError as error:
         raise refusal(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -751,6 +751,14 @@ def test_runs_of_other_settings_are_taken_when_asked_for(
     assert found == tested.returns[2].tolist()
     assert written(maml) == before
     assert [p.name for p in Path("out").iterdir() if p.is_dir()] == ["random-seed3"]
+    # Not trained in its place when the same is typed again without it.
+    again = ["--seeds", "3", "--candidates", "--out", "out", "--sampling.tasks", "6"]
+    assert run(["benchmark", file, *again, "--methods", "maml", "random"]) == 2
+    refusal = capsys.readouterr().err
+    assert f"the results in out are of another run for maml, seed 3: {maml}, 2 iter" in refusal
+    assert "give it again with --reuse" in refusal
+    assert not Path("out/maml-seed3").exists()
+    assert run(["benchmark", file, *again, "--methods", "random", "--quiet"]) == 0
 
 
 def test_what_a_reused_run_would_have_been_tested_by_is_told(
