@@ -10,6 +10,7 @@ the runs that are kept here. A test runs the check.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maml_rl.config import shipped_policies
+from maml_rl.config import load_experiment, shipped_policies
 from maml_rl.paper import paper_returns
 from maml_rl.runs import read_metrics
 from maml_rl.terminal import step_words
@@ -421,6 +422,35 @@ def step_sizes() -> str:
     return table(["iterations", "before", *sizes], [[name, *cells] for name, cells in rows.items()])
 
 
+NOISE = {
+    "half_cheetah_dir": "benchmark_half_cheetah_dir/maml-seed0",
+    "half_cheetah_vel": "benchmark_half_cheetah_vel/maml-seed0",
+    "ant_dir": "unfinished/ant_dir/maml-seed0",
+    "ant_vel": "unfinished/ant_vel/maml-seed0",
+}
+"""The meta-policies of the paper's bodies."""
+
+
+def noise() -> str:
+    """Return step sizes beside the variance of the noise that the policy acted with."""
+    rows = []
+    for family, folder in NOISE.items():
+        experiment = load_experiment(RESULTS / folder / "config.yaml")
+        actions = len(experiment.family.action_columns)
+        entropy = read_metrics(RESULTS / folder / "metrics.csv")["entropy"]
+        cells = [f"[{family}]({folder})"]
+        for iteration in (0, 100, 200, 300, 400, 500, 600):
+            if iteration >= len(entropy):
+                cells.append("")
+                continue
+            # Of a Gaussian: log_std, mean over actions, and half of log 2 pi e each.
+            log_std = entropy[iteration] / actions - math.log(2 * math.pi * math.e) / 2
+            variance, alpha = math.exp(2 * log_std), experiment.adaptation.at(iteration).step_size
+            cells.append(f"{alpha:g} / {variance:.3f} = {alpha / variance:.2f}")
+        rows.append(cells)
+    return table(["iteration", "0", "100", "200", "300", "400", "500", "600"], rows)
+
+
 CURVES = {
     "sinusoid-seed0": "maml, seed 0",
     "sinusoid-seed1": "maml, seed 1",
@@ -529,6 +559,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "outer signal": outer_signal,
     "ant slopes": ant_slopes,
     "step sizes": step_sizes,
+    "noise": noise,
     **{f"tried {name}": partial(tried, name) for name in TRIED},
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
