@@ -260,6 +260,15 @@ def under_settings(
     return result
 
 
+def common_alpha(runs: Sequence[Subject]) -> float:
+    """Return the alpha that runs of one method are tested with: theirs.
+
+    Where it goes with each run's noise, their mean.
+    """
+    alphas = [run.alpha for run in runs]
+    return alphas[0] if len(set(alphas)) == 1 else sum(alphas) / len(alphas)
+
+
 def outcomes_of(
     subjects: Sequence[Subject],
     tasks: TaskSet,
@@ -285,12 +294,12 @@ def outcomes_of(
             with_step_size(subjects[0].trained.experiment.adaptation, one)
             if given.count(one) > 1:
                 raise InputError(f"step size {one:g} is given twice for {method}")
-    groups: list[tuple[list[Subject], float | None]] = []
+    groups: list[tuple[list[Subject], float]] = []
     for kind in dict.fromkeys((s.method, s.variant) for s in subjects):
         runs = [s for s in subjects if (s.method, s.variant) == kind]
         # Without a gradient step its size means nothing.
         adapts = runs[0].trained.experiment.evaluation.steps > 0
-        tried: Sequence[float | None] = (sizes.get(kind[0]) if adapts else None) or [None]
+        tried = (sizes.get(kind[0]) if adapts else None) or [common_alpha(runs)]
         groups += [(runs, size) for size in tried]
     found = iter(tester([Trial(s.trained, tasks, size) for runs, size in groups for s in runs]))
     result: list[Outcome] = []
@@ -298,7 +307,7 @@ def outcomes_of(
         tested = [next(found) for _ in runs]
         if (broken := next((t for t in tested if isinstance(t, BrokenDown)), None)) is not None:
             warnings.warn(
-                f"{runs[0].method} with step size {size or runs[0].alpha:g} is left out: {broken}",
+                f"{runs[0].method} with step size {size:g} is left out: {broken}",
                 RunWarning,
                 stacklevel=2,
             )
@@ -308,7 +317,7 @@ def outcomes_of(
                 run.method,
                 run.variant,
                 run.seed,
-                size or run.alpha,
+                size,
                 tasks.source,
                 one,
                 run.family.outside_training(tasks.tasks),

@@ -28,6 +28,7 @@ from maml_rl.assess import (
     Subject,
     Tester,
     Trial,
+    common_alpha,
     load_subject,
     trials_here,
     words_for,
@@ -356,15 +357,17 @@ def choose_step_sizes(
     Raises:
         RunStopped: if memory does not suffice.
     """
-    alphas = {s.method: s.alpha for s in reversed(subjects)}
+    methods = dict.fromkeys(s.method for s in subjects)
+    alphas = {m: common_alpha([s for s in subjects if s.method == m]) for m in methods}
     # Maml's, or where there is none that of a method without one of its own.
-    plain = [s.alpha for s in subjects if not has_own_alpha(benchmark, s.method)]
-    alpha = alphas.get(MAML, (plain or [subjects[0].alpha])[0])
-    pretrained = alphas.get(PRETRAINED) if has_own_alpha(benchmark, PRETRAINED) else None
+    plain = [alphas[m] for m in methods if not has_own_alpha(benchmark, m)]
+    alpha = alphas.get(MAML, (plain or list(alphas.values()))[0])
+    noisy = {s.method for s in subjects if s.trained.experiment.adaptation.times_variance}
+    others = {m: alphas[m] for m in methods if m in noisy or has_own_alpha(benchmark, m)}
     own: Mapping[Method, float] = {
         MAML: alpha,
-        PRETRAINED: benchmark.pretrained_step_size or pretrained or alpha,
-        RANDOM: benchmark.random_step_size or alpha,
+        PRETRAINED: benchmark.pretrained_step_size or others.get(PRETRAINED, alpha),
+        RANDOM: benchmark.random_step_size or others.get(RANDOM, alpha),
     }
     tasks = validation(subjects[0].family, benchmark.validation_tasks)
     adapting = [method for method in benchmark.methods if method != ORACLE]
@@ -395,7 +398,10 @@ def choose_step_sizes(
     return result
 
 
-ALPHA = ("adaptation.step_size", "adaptation.later_from", "adaptation.later_step_sizes")
+ALPHA = tuple(
+    f"adaptation.{name}"
+    for name in ("step_size", "later_from", "later_step_sizes", "times_variance")
+)
 """Settings that say what alpha is."""
 
 

@@ -71,9 +71,10 @@ class Benchmark:
     """Tasks that training never drew, or the 40 that the paper's numbers were measured on."""
     pretrained_step_size: float | None = None
     """Of the first test update of pretrained; by default maml's alpha, or its own where
-    `settings_of` gives it one."""
+    `settings_of` gives it one or alpha goes with each policy's noise."""
     random_step_size: float | None = None
-    """Of the first test update of random; by default maml's alpha."""
+    """Of the first test update of random; by default maml's alpha, or its own where alpha goes
+    with each policy's noise."""
     candidates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     """Step sizes of which each method's best is chosen on validation tasks; may be empty."""
     validation_tasks: int = 20

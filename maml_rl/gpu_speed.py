@@ -117,7 +117,7 @@ class DeviceBench(Bench):
             parts[name] = parts.get(name, 0.0) + self.now() - began
 
         M = experiment.sampling.tasks
-        inner = experiment.adaptation.inner_step(trainer.policy)
+        inner = experiment.adaptation.at(0, trainer.theta).inner_step(trainer.policy)
         drawn = experiment.family.sample_tasks(M, task_generator(TRAINING, 0, 0))
         points: list[Params] = [broadcast(trainer.theta, M)]
         batches: list[Steps] = []

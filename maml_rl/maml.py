@@ -23,7 +23,14 @@ from maml_rl.chunks import Chunks, join_tasks, of_tasks
 from maml_rl.curvature import InnerStep, Linearisation, Linearise, linearise
 from maml_rl.episodes import Episodes, Steps, pack
 from maml_rl.losses import INNER_LOSSES
-from maml_rl.policy import GaussianPolicy, Mlp, kl_divergence, log_density, log_std
+from maml_rl.policy import (
+    GaussianPolicy,
+    Mlp,
+    kl_divergence,
+    log_density,
+    log_std,
+    noise_variance,
+)
 from maml_rl.schedule import check_schedule, check_size, value_at
 from maml_rl.sums import sum_of
 from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
@@ -45,6 +52,9 @@ class AdaptationSettings:
     gradients grow."""
     later_step_sizes: tuple[float, ...] = ()
     """alpha from each of them on."""
+    times_variance: bool = False
+    """Whether alpha is these sizes times the variance of the policy's noise, exp(2 log_std) with
+    the mean of log_std over actions, as theta has it in that iteration."""
     inner_loss: Literal["log-prob", "likelihood-ratio", "dice"] = "log-prob"
     """log-prob: the paper's. likelihood-ratio: ProMP's. dice: Loaded DiCE."""
     first_order: bool = False
@@ -61,10 +71,17 @@ class AdaptationSettings:
             check_size("adaptation.later_step_sizes", size)
         check_schedule("adaptation", self.later_from, "later_step_sizes", self.later_step_sizes)
 
-    def at(self, iteration: int) -> AdaptationSettings:
-        """Return these settings as they are in one iteration, its alpha for good."""
-        alpha = value_at(iteration, self.step_size, self.later_from, self.later_step_sizes)
-        return self.with_alpha(alpha)
+    def size_at(self, iteration: int) -> float:
+        """Return the step size that is set for one iteration, before any variance."""
+        return value_at(iteration, self.step_size, self.later_from, self.later_step_sizes)
+
+    def at(self, iteration: int, theta: Params) -> AdaptationSettings:
+        """Return these settings as they are in one iteration and for one theta, alpha for good.
+
+        alpha is a number: no gradient goes through the variance.
+        """
+        size = self.size_at(iteration)
+        return self.with_alpha(size * noise_variance(theta) if self.times_variance else size)
 
     def with_alpha(self, alpha: float) -> AdaptationSettings:
         """Return these settings with one alpha for all iterations.
@@ -72,7 +89,9 @@ class AdaptationSettings:
         Raises:
             ValueError: if it is out of its range.
         """
-        return replace(self, step_size=alpha, later_from=(), later_step_sizes=())
+        return replace(
+            self, step_size=alpha, later_from=(), later_step_sizes=(), times_variance=False
+        )
 
     def inner_step(self, policy: GaussianPolicy, step_size: float | None = None) -> InnerStep:
         """Return the step these settings describe, with another step size if given."""

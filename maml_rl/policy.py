@@ -170,6 +170,11 @@ def log_std(params: Params) -> Tensor:
     return params[LOG_STD].clamp(min=MIN_LOG_STD)
 
 
+def noise_variance(params: Params) -> float:
+    """Return the variance of the action noise, the geometric mean over actions; of one policy."""
+    return math.exp(2.0 * float(log_std(params).detach().double().mean()))
+
+
 def log_density(means: Tensor, log_stds: Tensor, actions: Tensor) -> Tensor:
     """log N(a; mean, std^2), summed over action dimensions.
 

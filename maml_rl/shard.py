@@ -142,7 +142,7 @@ class Shard:
         self.forget()
         self._start = start
         experiment = self._experiment
-        self._inner = experiment.adaptation.at(iteration).inner_step(self._policy)
+        self._inner = experiment.adaptation.at(iteration, theta).inner_step(self._policy)
         sample = collector(experiment, self._sampler, iteration, start, stop)
         divergences: list[Divergence | None] = []
 

@@ -128,7 +128,7 @@ class Local:
                 self.policy,
                 collector(experiment, self.sampler, iteration, 0, M),
                 M,
-                adaptation=experiment.adaptation.at(iteration),
+                adaptation=experiment.adaptation.at(iteration, theta),
                 advantages=experiment.advantages,
                 trust_region=experiment.trust_region.at(iteration),
                 chunks=self.chunks,
@@ -284,6 +284,9 @@ class Trainer:
             "cg_residual": step.cg_residual,
             "entropy": float(entropy(self.theta)),
         }
+        adaptation = self.experiment.adaptation
+        if adaptation.times_variance:
+            row["step_size"] = adaptation.at(self.state.iteration, self.theta).step_size
         explained = [float(batch.explained_variance.mean()) for batch in report.batches]
         for k in range(phases):
             row[f"explained_variance_{k}"] = explained[k] if k < len(explained) else math.nan
@@ -317,7 +320,7 @@ class Trainer:
         momentum = experiment.trust_region.momentum
         fading = f", or a smaller trust_region.momentum (now {momentum:g})"
         return ADVICE[reason].format(
-            alpha=experiment.adaptation.at(iteration).step_size,
+            alpha=experiment.adaptation.size_at(iteration),
             tasks=experiment.sampling.tasks,
             episodes=experiment.sampling.episodes,
             **asdict(experiment.trust_region.at(iteration)),

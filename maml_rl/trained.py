@@ -69,7 +69,7 @@ class TrainedPolicy:
     @property
     def adaptation(self) -> AdaptationSettings:
         """How it adapts: the experiment's settings as they are in its iteration."""
-        return self.experiment.adaptation.at(self.iteration)
+        return self.experiment.adaptation.at(self.iteration, self.params)
 
     def adapt(
         self,
@@ -143,7 +143,12 @@ class TrainedPolicy:
             ):
                 params = {name: p[0].clone() for name, p in adapted.items()}
         return replace(
-            self, params=params, task=family.check_task(task), _rng=np.random.default_rng(seed)
+            self,
+            # Further steps have the alpha of theta, whatever this one did to the noise.
+            experiment=replace(experiment, adaptation=self.adaptation),
+            params=params,
+            task=family.check_task(task),
+            _rng=np.random.default_rng(seed),
         )
 
     def act(

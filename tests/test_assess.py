@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,12 @@ from maml_rl.assess import (
     load_subject,
     load_subjects,
     method_of,
+    outcomes_of,
     told_apart,
     under_settings,
 )
 from maml_rl.cli import run
+from maml_rl.comparison import Comparison
 from maml_rl.config import load_experiment
 from maml_rl.evaluate import Evaluation, evaluate
 from maml_rl.sampler import Sampler, task_seeds
@@ -45,6 +48,8 @@ RUNS: dict[str, dict[str, object]] = {
     "plain": {"iterations": 1, "adaptation__inner_steps": 0},
     "fresh": {"iterations": 0},
     "longer": {"iterations": 0, "family__horizon": 7},
+    "noise-seed0": {"adaptation__times_variance": True, "adaptation__step_size": 0.4},
+    "noise-seed1": {"adaptation__times_variance": True, "adaptation__step_size": 0.4, "seed": 1},
     "speed": {"iterations": 0, "name": "half_cheetah_vel"},
     "speed-gymnasium": {
         **{"iterations": 0, "name": "half_cheetah_vel", "family__protocol": "gymnasium"},
@@ -145,6 +150,25 @@ def test_what_a_policy_is_called_follows_from_its_training() -> None:
     ]
     told = load_experiment(Path("told/config.yaml"))
     assert [method_of(told, iterations) for iterations in (0, 1)] == ["random", "oracle"]
+
+
+def test_seeds_whose_alpha_goes_with_their_noise_are_tested_with_one() -> None:
+    """Their mean, so that they are one row; a single run with its own."""
+    runs = load_subjects([Path("noise-seed0"), Path("noise-seed1")])
+    alphas = [run.alpha for run in runs]
+    assert alphas == [
+        pytest.approx(0.4 * math.exp(2 * float(run.trained.params["log_std"].mean())))
+        for run in runs
+    ]
+    assert alphas[0] != alphas[1]
+    tasks = held_out(runs[0].family, 2)
+    outcomes = outcomes_of(runs, tasks, {})
+    assert {one.step_size for one in outcomes} == {sum(alphas) / 2}
+    assert len(Comparison.of(outcomes, runs[0].family).scores) == 1
+    (alone,) = outcomes_of(runs[1:], tasks, {})
+    assert alone.step_size == alphas[1]
+    expected = evaluate_policy(runs[0].trained, tasks=tasks, step_size=sum(alphas) / 2)
+    assert np.array_equal(outcomes[0].evaluation.returns, expected.returns)
 
 
 def test_evaluating_twice_gives_the_same_files(tmp_path: Path) -> None:

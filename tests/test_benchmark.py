@@ -318,6 +318,26 @@ def test_a_step_size_of_its_own_is_no_other_methods() -> None:
         assert {name: size.own for name, size in found.items()} == expected
 
 
+def test_an_alpha_that_goes_with_the_noise_is_each_methods_own() -> None:
+    """Unless the benchmark names one: random acts with more noise than what is trained."""
+
+    def subject(method: Method, log_std: float) -> Subject:
+        settings = {"adaptation__times_variance": True, "adaptation__step_size": 0.5}
+        experiment = load_experiment("navigation", policy__initial_log_std=log_std, **settings)
+        return Subject(new_policy(experiment), method, Path(method), 0, 0)
+
+    subjects = [subject("maml", -1.0), subject("pretrained", -1.5), subject("random", 0.0)]
+    own = {"maml": 0.5 * math.exp(-2.0), "pretrained": 0.5 * math.exp(-3.0), "random": 0.5}
+    for given in ({}, {"random_step_size": 0.7}):
+        methods = tuple(s.method for s in subjects)
+        settings: dict[str, Any] = {"methods": methods, "candidates": (), **given}
+        found = choose_step_sizes(
+            Benchmark(name="x", experiment="x", **settings), subjects, lambda _: None
+        )
+        expected = {**own, **({"random": 0.7} if given else {})}
+        assert {m: size.own for m, size in found.items()} == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_what_train_makes_of_its_settings(method: str, whole: Path) -> None:
     """The same parameters to the bit: no method has a trainer of its own."""

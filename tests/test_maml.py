@@ -449,9 +449,35 @@ def test_each_iteration_has_its_alpha() -> None:
     settings = AdaptationSettings(
         step_size=0.3, later_from=(2, 5), later_step_sizes=(0.1, 0.2), inner_loss="dice"
     )
-    found = [settings.at(iteration) for iteration in range(7)]
+    quiet = {"log_std": torch.tensor([-2.0, -3.0])}
+    found = [settings.at(iteration, quiet) for iteration in range(7)]
     assert [one.step_size for one in found] == [0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 0.2]
     assert found[3] == AdaptationSettings(step_size=0.1, inner_loss="dice")
+
+
+@pytest.mark.parametrize(
+    ("log_stds", "variance"),
+    [
+        ([0.0, 0.0], 1.0),
+        ([math.log(0.2), math.log(0.5)], 0.1),
+        # As the policy acts: not below a standard deviation of 1e-6.
+        ([-1000.0, -1000.0], 1e-12),
+    ],
+)
+def test_alpha_may_go_with_the_variance_of_the_noise(
+    log_stds: list[float], variance: float
+) -> None:
+    """Geometric mean over actions, times what is set for the iteration; then it is a number."""
+    theta = {"log_std": torch.tensor(log_stds, requires_grad=True)}
+    settings = AdaptationSettings(
+        step_size=0.3, later_from=(2,), later_step_sizes=(0.4,), times_variance=True
+    )
+    for iteration, size in ((0, 0.3), (1, 0.3), (2, 0.4)):
+        assert settings.size_at(iteration) == size
+        found = settings.at(iteration, theta)
+        assert found.step_size == pytest.approx(size * variance, rel=1e-6)
+        assert found == AdaptationSettings(step_size=found.step_size)
+    assert settings.with_alpha(0.2) == AdaptationSettings(step_size=0.2)
 
 
 @pytest.mark.parametrize(

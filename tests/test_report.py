@@ -405,6 +405,12 @@ def test_all_that_alpha_will_be_is_shown() -> None:
     assert shown == ["0.5, from iteration 9 on 0.2, from iteration 30 on 0.05"]
 
 
+def test_an_alpha_that_goes_with_the_noise_is_said_to() -> None:
+    own = load_experiment("navigation", adaptation__times_variance=True)
+    shown = dict(settings_table({"maml": own}, SHOWN).rows)["step size alpha"]
+    assert shown == ["0.5; times the variance of the noise"]
+
+
 def test_how_large_later_test_steps_are_is_shown_where_there_are_any() -> None:
     for changed, told in (({}, True), ({"evaluation__steps": 1}, False)):
         own = load_experiment("navigation", evaluation__later_step_scale=0.25, **changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -58,6 +59,23 @@ def test_a_shard_has_the_alpha_of_each_iteration() -> None:
         shard.close()
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
+
+
+def test_a_shard_has_the_alpha_of_its_thetas_noise() -> None:
+    """As one process has it."""
+    gradients = []
+    for settings in (
+        {"adaptation__times_variance": True, "adaptation__step_size": 0.4},
+        {"adaptation__step_size": 0.4 * math.exp(-1.0)},
+    ):
+        experiment = small(sampling__tasks=4, policy__initial_log_std=-0.5, **settings)
+        fresh = new_policy(experiment)
+        shard = Shard(experiment, fresh.policy, 4, 4)
+        report = shard.begin(fresh.params, 0, 0, 4)
+        shard.build(int(report.batches[-1].live_steps.sum()))
+        gradients.append(shard.gradient())
+        shard.close()
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
 def answers(device: str) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import maml_rl
+from envs.family import TaskFamily
 from maml_rl.adapt import Params, flatten
 from maml_rl.assess import evaluate_policy, load_subjects
 from maml_rl.checkpoints import FRESH, State, read_checkpoint, write_checkpoint
 from maml_rl.cli_evaluate import with_first_step_size
-from maml_rl.config import load_experiment, to_yaml
+from maml_rl.config import Experiment, load_experiment, to_yaml
 from maml_rl.errors import InputError, RunStopped, RunWarning
 from maml_rl.maml import MetaObjective, chunk_size
 from maml_rl.runs import Row, RunFolder
@@ -206,6 +208,43 @@ def test_alpha_is_what_its_iteration_says(tmp_path: Path) -> None:
     assert rendered.alpha == 0.2
     adapted = [p.adapt(experiment.family, [0.1, 0.2]).params for p in (whole, changed)]
     assert same(*adapted)
+
+
+def test_alpha_that_goes_with_the_noise_is_that_of_a_schedule_made_of_it(tmp_path: Path) -> None:
+    """Bit for bit: metrics.csv tells it, and the policy adapts by the noise that it has now."""
+    plain = {**SETTINGS, "iterations": 3, "policy__initial_log_std": -0.2}
+    changed = {"adaptation__times_variance": True, "adaptation__step_size": 0.3}
+    whole = meta_train(load_experiment("navigation", **plain, **changed), out=tmp_path / "run")
+    told = rows(tmp_path / "run")
+    sizes = [float(row["step_size"]) for row in told]
+    for row, size in zip(told, sizes, strict=True):
+        log_std = float(row["entropy"]) / 2 - math.log(2 * math.pi * math.e) / 2
+        assert size == pytest.approx(0.3 * math.exp(2 * log_std), rel=1e-5)
+    assert len(set(sizes)) == 3
+    schedule = {
+        "adaptation__step_size": sizes[0],
+        "adaptation__later_from": [1, 2],
+        "adaptation__later_step_sizes": sizes[1:],
+    }
+    by_hand = load_experiment("navigation", **plain, **schedule)
+    assert same(whole.params, meta_train(by_hand, out=tmp_path / "by_hand").params)
+    assert "step_size" not in rows(tmp_path / "by_hand")[0]
+    now = 0.3 * math.exp(2 * float(whole.params["log_std"].mean()))
+    (loaded,) = load_subjects([tmp_path / "run"])
+    assert loaded.alpha == whole.adaptation.step_size == pytest.approx(now)
+    found, expected = (
+        evaluate_policy(policy).returns
+        for policy in (loaded.trained, replace(whole, experiment=by_hand_at(by_hand, now)))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # A further step has the same alpha, though the first changed the noise.
+    adapted = whole.adapt(whole.experiment.family, [0.1, 0.2])
+    assert not torch.equal(adapted.params["log_std"], whole.params["log_std"])
+    assert adapted.adaptation == whole.adaptation
+
+
+def by_hand_at(experiment: Experiment[TaskFamily], alpha: float) -> Experiment[TaskFamily]:
+    return replace(experiment, adaptation=experiment.adaptation.with_alpha(alpha))
 
 
 HEAVY = {**SETTINGS, "trust_region__momentum": 0.9, "iterations": 4}

@@ -445,7 +445,7 @@ def noise() -> str:
                 continue
             # Of a Gaussian: log_std, mean over actions, and half of log 2 pi e each.
             log_std = entropy[iteration] / actions - math.log(2 * math.pi * math.e) / 2
-            variance, alpha = math.exp(2 * log_std), experiment.adaptation.at(iteration).step_size
+            variance, alpha = math.exp(2 * log_std), experiment.adaptation.size_at(iteration)
             cells.append(f"{alpha:g} / {variance:.3f} = {alpha / variance:.2f}")
         rows.append(cells)
     return table(["iteration", "0", "100", "200", "300", "400", "500", "600"], rows)

@@ -68,7 +68,8 @@ SETTINGS: Mapping[str, Callable[[Settings], str]] = {
 
 def alpha_words(settings: AdaptationSettings) -> str:
     """Return alpha, and what it is later on."""
-    return scheduled(settings.step_size, settings.later_from, settings.later_step_sizes)
+    sizes = scheduled(settings.step_size, settings.later_from, settings.later_step_sizes)
+    return f"{sizes}; times the variance of the noise" if settings.times_variance else sizes
 
 
 def kl_words(settings: TrustRegionSettings) -> str:
