@@ -207,6 +207,9 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         ),
         "half_cheetah_vel_variants/seed_1": "the same, seed 1",
         "half_cheetah_vel_variants/lambda_1": "the same with lambda 1",
+        "half_cheetah_vel_variants/times_variance": (
+            "as the third, step size .3 times the variance of the noise"
+        ),
     },
     "ant_dir": {
         "ant_dir_variants/alpha2_gamma95": "A: step size .2, discount .95, lambda 1",
