@@ -135,11 +135,9 @@ def test_a_task_that_training_never_drew_is_said_to_be_one(
 ) -> None:
     """Not the others."""
     words = ["render", str(navigation), "--task", "0.1,0.1", "--task", "2,0", "--out", "a"]
-    assert run(words) == 0
+    assert run([*words, "--steps", "0", "--gif"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "never" in line]
     assert told == ["Training never drew task 2,0."]
-    assert run([*words, "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,20 +134,12 @@ def test_a_shipped_policy_goes_by_its_name(
 ) -> None:
     """From everywhere, unless something there has it; one that nearly has the name is not taken."""
     monkeypatch.chdir(tmp_path)
+    # Without figures, which take time.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert find_run(Path("navigation")) == POLICIES["navigation"]
     assert run(["inspect", "navigation"]) == 0
     assert f"{POLICIES['navigation']}: navigation" in capsys.readouterr().out
-    words = [
-        "evaluate",
-        "navigation",
-        "--steps",
-        "0",
-        "--episodes",
-        "2",
-        "--out",
-        "test",
-        "--quiet",
-    ]
+    words = "evaluate navigation --steps 0 --episodes 2 --out test --quiet".split()
     assert run(words) == 0
     for command in ("inspect", "render", "evaluate", "report", "resume"):
         assert run([command, "ant_dri"]) == 2
