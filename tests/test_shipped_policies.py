@@ -139,7 +139,7 @@ def test_a_shipped_policy_goes_by_its_name(
     assert find_run(Path("navigation")) == POLICIES["navigation"]
     assert run(["inspect", "navigation"]) == 0
     assert f"{POLICIES['navigation']}: navigation" in capsys.readouterr().out
-    words = ["evaluate", "navigation", "--steps", "0", "--episodes", "2", "--out", "test", "--quiet"]
+    words = ["evaluate", "navigation", "--steps", "0", "--episodes", "2", "--out", "test"]
     assert run(words) == 0
     for command in ("inspect", "render", "evaluate", "report", "resume"):
         assert run([command, "ant_dri"]) == 2
