@@ -31,7 +31,7 @@ from maml_rl.policy import (
     log_std,
     noise_variance,
 )
-from maml_rl.schedule import check_schedule, check_size, value_at
+from maml_rl.schedule import MAX_SIZE, check_schedule, check_size, value_at
 from maml_rl.sums import sum_of
 from maml_rl.trust_region import Objective, Report, TrustRegionSettings, trust_region_step
 
@@ -80,8 +80,11 @@ class AdaptationSettings:
 
         alpha is a number: no gradient goes through the variance.
         """
-        size = self.size_at(iteration)
-        return self.with_alpha(size * noise_variance(theta) if self.times_variance else size)
+        alpha = self.size_at(iteration)
+        if self.times_variance:
+            # Kept in its range, whatever training makes of the noise.
+            alpha = min(MAX_SIZE, max(math.ulp(0.0), alpha * noise_variance(theta)))
+        return self.with_alpha(alpha)
 
     def with_alpha(self, alpha: float) -> AdaptationSettings:
         """Return these settings with one alpha for all iterations.

@@ -172,7 +172,7 @@ def log_std(params: Params) -> Tensor:
 
 def noise_variance(params: Params) -> float:
     """Return the variance of the action noise, the geometric mean over actions; of one policy."""
-    return math.exp(2.0 * float(log_std(params).detach().double().mean()))
+    return float(torch.exp(2.0 * log_std(params).detach().double().mean()))
 
 
 def log_density(means: Tensor, log_stds: Tensor, actions: Tensor) -> Tensor:

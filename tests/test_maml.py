@@ -480,6 +480,17 @@ def test_alpha_may_go_with_the_variance_of_the_noise(
     assert settings.with_alpha(0.2) == AdaptationSettings(step_size=0.2)
 
 
+def test_an_alpha_that_goes_with_the_noise_stays_in_its_range() -> None:
+    """What noise becomes is no setting that could be refused; exp(400) is no float."""
+    for size, log_std, alpha in (
+        (0.3, 10.0, 1e6),
+        (0.3, 400.0, 1e6),
+        (5e-324, -1000.0, 5e-324),
+    ):
+        settings = AdaptationSettings(step_size=size, times_variance=True)
+        assert settings.at(0, {"log_std": torch.tensor([log_std])}).step_size == alpha
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
