@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,9 +83,8 @@ def captioned(picture: Frame, caption: Caption, letters: int) -> Frame:
     return np.asarray(image)
 
 
-def largest(lines: Iterable[tuple[str, str]], size: int) -> int:
+def largest(lines: Sequence[tuple[str, str]], size: int) -> int:
     """Return the height of letters, pixels, at which two words a line fit side by side."""
-    lines = list(lines)
     for letters in range(max(9, size // 24), 5, -1):
         widest = max(font(letters).getlength("  ".join(words)) for words in lines)
         if widest <= size - letters:

@@ -364,9 +364,8 @@ def benchmark_command(words: Sequence[str], console: Console) -> None:
                     train_side_by_side(to_train, place, show)
             loaded = [given.get(one.name) or load_subject(one.path) for one in planned]
             subjects = [
-                under
+                under_settings([subject], one.experiment.evaluation)[0]
                 for one, subject in zip(planned, loaded, strict=True)
-                for under in under_settings([subject], one.experiment.evaluation)
             ]
             sizes = choose_step_sizes(benchmark, subjects, say, place.test)
             tried = {method: size.tried for method, size in sizes.items()}

@@ -11,13 +11,13 @@ place of the run's own test.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import envs
+from maml_rl.checkpoints import digest
 from maml_rl.cli import run as command
 from maml_rl.config import load_experiment
 from maml_rl.task_sets import PAPER
@@ -49,7 +49,10 @@ def ship(run: Path, target: Path) -> int:
     for picture in target.glob("*/*.[ps][nv]g"):
         if picture.relative_to(target) != CURVES:
             picture.unlink()
-    sums = (f"{sha256(file)}  {file.relative_to(target)}\n" for file in sorted(guarded(target)))
+    sums = (
+        f"{digest(file.read_bytes())}  {file.relative_to(target)}\n"
+        for file in sorted(guarded(target))
+    )
     (target / "SHA256SUMS").write_text("".join(sums))
     return code
 
@@ -62,11 +65,6 @@ def guarded(target: Path) -> Iterator[Path]:
     """Yield the files that make a policy what it is, and those that say what it reaches."""
     for pattern in ("config.yaml", "checkpoints/latest/parameters.safetensors", "*/evaluation.csv"):
         yield from target.glob(pattern)
-
-
-def sha256(file: Path) -> str:
-    """Return a file's SHA-256, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

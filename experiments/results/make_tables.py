@@ -294,20 +294,13 @@ PLAN: Mapping[str, Planned] = {
 """By family, in the order in which they are run."""
 
 
-def done(run: Path) -> tuple[int, float]:
-    """Return how many iterations there are of a run, and how many control steps."""
+def done(run: Path) -> tuple[int, float, float]:
+    """Return how many iterations there are of a run, how many control steps, and its hours."""
     if not (run / "metrics.csv").is_file():
-        return 0, 0.0
+        return 0, 0.0, 0.0
     metrics = read_metrics(run / "metrics.csv")
-    return int(metrics["iteration"][-1]) + 1, float(metrics["env_steps"][-1])
-
-
-def hours(run: Path) -> float:
-    """Return how long a run sampled and updated."""
-    if not (run / "metrics.csv").is_file():
-        return 0.0
-    metrics = read_metrics(run / "metrics.csv")
-    return sum(sum(metrics[f"seconds_{name}"]) for name in ("sampling", "updating")) / 3600
+    seconds = sum(sum(metrics[f"seconds_{name}"]) for name in ("sampling", "updating"))
+    return int(metrics["iteration"][-1]) + 1, float(metrics["env_steps"][-1]), seconds / 3600
 
 
 def plan() -> str:
@@ -315,15 +308,16 @@ def plan() -> str:
     rows, total = [], 0.0
     for family, one in PLAN.items():
         runs = [RESULTS / one.folder / f"{m}-seed0" for m in ("maml", "pretrained", "oracle")]
-        (finished, sampled), *baselines = [done(run) for run in runs]
+        iterations, sampled_by, hours = zip(*map(done, runs), strict=True)
+        finished, (sampled, *baselines) = iterations[0], sampled_by
         left = (one.iterations - finished) * one.seconds / 3600
         # As many control steps each as the meta-policy will have had.
         budget = sampled + (one.iterations - finished) * 2 * one.baseline_steps
-        missing = sum(max(0.0, budget - steps) for _, steps in baselines)
+        missing = sum(max(0.0, budget - steps) for steps in baselines)
         left_too = missing / one.baseline_steps * one.baseline_seconds / 3600
         total += left + left_too
-        steps = " / ".join(f"{s / 1e6:.0f}" for s in (sampled, *(s for _, s in baselines)))
-        taken = " / ".join(f"{hours(run):.1f}" for run in runs)
+        steps = " / ".join(f"{s / 1e6:.0f}" for s in sampled_by)
+        taken = " / ".join(f"{h:.1f}" for h in hours)
         seconds = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}"]
         left_words = [f"{left:.1f}", f"{left_too:.1f}"]
         rows.append([family, one.batch, str(finished), steps, taken, *seconds, *left_words])
@@ -425,24 +419,16 @@ def step_sizes() -> str:
     return table(["iterations", "before", *sizes], [[name, *cells] for name, cells in rows.items()])
 
 
-NOISE = {
-    "half_cheetah_dir": "benchmark_half_cheetah_dir/maml-seed0",
-    "half_cheetah_vel": "benchmark_half_cheetah_vel/maml-seed0",
-    "ant_dir": "unfinished/ant_dir/maml-seed0",
-    "ant_vel": "unfinished/ant_vel/maml-seed0",
-}
-"""The meta-policies of the paper's bodies."""
-
-
 def noise() -> str:
     """Return step sizes beside the variance of the noise that the policy acted with."""
-    rows = []
-    for family, folder in NOISE.items():
+    rows, wanted = [], range(0, 601, 100)
+    for family in ("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel"):
+        folder = f"{PLAN[family].folder}/maml-seed0"
         experiment = load_experiment(RESULTS / folder / "config.yaml")
         actions = len(experiment.family.action_columns)
         entropy = read_metrics(RESULTS / folder / "metrics.csv")["entropy"]
         cells = [f"[{family}]({folder})"]
-        for iteration in (0, 100, 200, 300, 400, 500, 600):
+        for iteration in wanted:
             if iteration >= len(entropy):
                 cells.append("")
                 continue
@@ -451,7 +437,7 @@ def noise() -> str:
             variance, alpha = math.exp(2 * log_std), experiment.adaptation.size_at(iteration)
             cells.append(f"{alpha:g} / {variance:.3f} = {alpha / variance:.2f}")
         rows.append(cells)
-    return table(["iteration", "0", "100", "200", "300", "400", "500", "600"], rows)
+    return table(["iteration", *map(str, wanted)], rows)
 
 
 CURVES = {
