@@ -235,6 +235,156 @@ def notice_overflow(model: mjw.Model, data: mjw.Data) -> None:
     )
 
 
+@wp.func  # type: ignore[untyped-decorator]
+def _label(kind: int, row_id: int, geoms: wp.array[wp.vec2i], ngeom: int) -> int:
+    """What a row is of, whatever number its contact has: the pair of geoms, or the id itself."""
+    if kind < wp.static(int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)):
+        return row_id
+    pair = geoms[row_id]
+    return int(pair[0]) * ngeom + int(pair[1])
+
+
+@wp.kernel(enable_backward=False)  # type: ignore[untyped-decorator]
+def _rank_rows(
+    rows: wp.array[int],
+    njmax: int,
+    ngeom: int,
+    geoms: wp.array[wp.vec2i],
+    kinds: wp.array2d[int],
+    ids: wp.array2d[int],
+    source: wp.array2d[int],
+) -> None:
+    world, row = wp.tid()  # type: ignore[misc]
+    count = wp.min(rows[world], njmax)
+    if row >= count:
+        return
+    kind, number = kinds[world, row], ids[world, row]
+    label = _label(kind, number, geoms, ngeom)
+    rank = int(0)  # noqa: RUF046, UP018  # a literal would not be a variable to warp
+    for other in range(count):
+        before = kinds[world, other] - kind
+        if before == 0:
+            before = _label(kind, ids[world, other], geoms, ngeom) - label
+        if before == 0:
+            # Contacts of one pair are numbered in the order in which they were found.
+            before = ids[world, other] - number
+        if before == 0:
+            before = other - row
+        if before < 0:
+            rank += 1
+    source[world, rank] = row
+
+
+@wp.kernel(enable_backward=False)  # type: ignore[untyped-decorator]
+def _take_rows(
+    rows: wp.array[int],
+    njmax: int,
+    nv: int,
+    source: wp.array2d[int],
+    kinds: wp.array2d[int],
+    ids: wp.array2d[int],
+    addresses: wp.array2d[int],
+    positions: wp.array2d[float],
+    margins: wp.array2d[float],
+    masses: wp.array2d[float],
+    velocities: wp.array2d[float],
+    targets: wp.array2d[float],
+    losses: wp.array2d[float],
+    jacobian: wp.array3d[float],
+    whole: wp.array3d[int],
+    real: wp.array3d[float],
+) -> None:
+    world, row = wp.tid()  # type: ignore[misc]
+    if row >= wp.min(rows[world], njmax):
+        return
+    old = source[world, row]
+    number = ids[world, old]
+    whole[world, row, 0] = kinds[world, old]
+    whole[world, row, 1] = number
+    if kinds[world, old] >= wp.static(int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)):
+        whole[world, row, 2] = old - addresses[number, 0]
+    real[world, row, 0] = positions[world, old]
+    real[world, row, 1] = margins[world, old]
+    real[world, row, 2] = masses[world, old]
+    real[world, row, 3] = velocities[world, old]
+    real[world, row, 4] = targets[world, old]
+    real[world, row, 5] = losses[world, old]
+    for dof in range(nv):
+        real[world, row, 6 + dof] = jacobian[world, old, dof]
+
+
+@wp.kernel(enable_backward=False)  # type: ignore[untyped-decorator]
+def _put_rows(
+    rows: wp.array[int],
+    njmax: int,
+    nv: int,
+    whole: wp.array3d[int],
+    real: wp.array3d[float],
+    kinds: wp.array2d[int],
+    ids: wp.array2d[int],
+    addresses: wp.array2d[int],
+    positions: wp.array2d[float],
+    margins: wp.array2d[float],
+    masses: wp.array2d[float],
+    velocities: wp.array2d[float],
+    targets: wp.array2d[float],
+    losses: wp.array2d[float],
+    jacobian: wp.array3d[float],
+) -> None:
+    world, row = wp.tid()  # type: ignore[misc]
+    if row >= wp.min(rows[world], njmax):
+        return
+    kind, number = whole[world, row, 0], whole[world, row, 1]
+    kinds[world, row] = kind
+    ids[world, row] = number
+    if kind >= wp.static(int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)):
+        addresses[number, whole[world, row, 2]] = row
+    positions[world, row] = real[world, row, 0]
+    margins[world, row] = real[world, row, 1]
+    masses[world, row] = real[world, row, 2]
+    velocities[world, row] = real[world, row, 3]
+    targets[world, row] = real[world, row, 4]
+    losses[world, row] = real[world, row, 5]
+    for dof in range(nv):
+        jacobian[world, row, dof] = real[world, row, 6 + dof]
+
+
+class RowOrder:
+    """Puts the rows of constraints in one order, whichever thread of the GPU made them first.
+
+    The solver sums over rows, so that their order is in its last bits. mujoco_warp has a place for
+    this, and nothing in it (4.0). Of models with a dense Jacobian, by default those of at most 32
+    degrees of freedom; another's rows are left as they are.
+    """
+
+    def __init__(self, model: mjw.Model, data: mjw.Data) -> None:
+        """Make room for the rows of a batch."""
+        shape = (data.nworld, data.njmax)
+        self._dense = not model.is_sparse
+        if self._dense:
+            self._source = wp.empty(shape, dtype=int)
+            self._whole = wp.empty((*shape, 3), dtype=int)
+            self._real = wp.empty((*shape, 6 + model.nv), dtype=float)
+
+    def __call__(self, model: mjw.Model, data: mjw.Data) -> None:
+        """Order by kind, then by joint or pair of geoms, then as they were made."""
+        if not self._dense:
+            return
+        efc, shape = data.efc, (data.nworld, data.njmax)
+        sizes = [data.nefc, data.njmax, model.nv]
+        wp.launch(
+            _rank_rows,
+            dim=shape,
+            inputs=[data.nefc, data.njmax, model.ngeom, data.contact.geom, efc.type, efc.id],
+            outputs=[self._source],
+        )
+        rows = [efc.type, efc.id, data.contact.efc_address, efc.pos, efc.margin, efc.D, efc.vel]
+        rows += [efc.aref, efc.frictionloss, efc.J]
+        kept = [self._whole, self._real]
+        wp.launch(_take_rows, dim=shape, inputs=[*sizes, self._source, *rows], outputs=kept)
+        wp.launch(_put_rows, dim=shape, inputs=[*sizes, *kept], outputs=rows)
+
+
 def _out_of_bounds(*fields: Tensor) -> Tensor:
     """Return which worlds have an entry that MuJoCo would call a breakdown, (N,); (N, ...) each."""
     # Not a number compares false.
@@ -274,12 +424,19 @@ class WarpPhysics:
             self._data = mjw.make_data(
                 model, nworld=count, nconmax=self._nconmax, njmax=self._njmax
             )
+            order = RowOrder(self._model, self._data) if settings.deterministic else None
         # The bits are read here; mujoco_warp would print a line a world and step.
         self._model.opt.warn_overflow = 0
         self._model.opt.deterministic = settings.deterministic
         self._model.callback.contactfilter = align_capsules
+
+        def made(model: mjw.Model, data: mjw.Data) -> None:
+            notice_overflow(model, data)
+            if order is not None:
+                order(model, data)
+
         # Called between the constraints and their solution, whatever its name.
-        self._model.callback.control = notice_overflow
+        self._model.callback.control = made
         data = self._data
         self.qpos: Tensor = wp.to_torch(data.qpos)
         self.qvel: Tensor = wp.to_torch(data.qvel)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -62,10 +64,18 @@ def on(device: str, episodes: Episodes) -> Episodes:
     return Episodes(**{name: value.to(device) for name, value in vars(episodes).items()})
 
 
+def between(some: Params, others: Params) -> float:
+    """Distance of all parameters together, wherever they are."""
+    return float(torch.cat([(some[n].cpu() - others[n].cpu()).flatten() for n in some]).norm())
+
+
 @pytest.mark.parametrize("loss", ["log-prob", "likelihood-ratio", "dice"])
 @pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
 def test_an_update_from_the_same_episodes_is_the_cpus(name: str, loss: str) -> None:
-    """Parameters after one update agree to 1e-3 of the step's own length, KL and surrogate too."""
+    """Parameters after one update agree to 1e-3 of the step's own length, KL and surrogate too.
+
+    To 1e-2 with dice, which adds in another order each time.
+    """
     experiment = experiment_of(name, adaptation__inner_loss=loss, device="cpu")
     fresh = new_policy(experiment)
     trainer = Trainer.build(experiment, fresh.policy, fresh.params, FRESH)
@@ -102,11 +112,12 @@ def test_an_update_from_the_same_episodes_is_the_cpus(name: str, loss: str) -> N
     trainer.close()
     assert report.step.accepted
     assert other.step.accepted
-    moved = torch.cat([(there[n] - fresh.params[n]).flatten() for n in there]).norm()
-    apart = torch.cat([(there[n] - here[n].cpu()).flatten() for n in there]).norm()
-    assert apart <= 1e-3 * moved
-    assert other.step.kl == pytest.approx(report.step.kl, rel=1e-3)
-    assert other.step.surrogate_after == pytest.approx(report.step.surrogate_after, abs=1e-5)
+    width = 1e-2 if loss == "dice" else 1e-3
+    assert between(there, here) <= width * between(there, fresh.params)
+    assert other.step.kl == pytest.approx(report.step.kl, rel=width)
+    assert other.step.surrogate_after == pytest.approx(
+        report.step.surrogate_after, rel=width, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("physics", PHYSICS)
@@ -215,12 +226,12 @@ def test_nothing_is_waited_for_within_an_episode() -> None:
             try:
                 with warnings.catch_warnings(record=True) as noticed:
                     warnings.simplefilter("always")
-                    # Warns itself, that it is a prototype.
                     torch.cuda.set_sync_debug_mode("warn")
                     sampler.sample(params, tasks, seeds)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return len([w for w in noticed if "synchroniz" in str(w.message)])
+        # Not what torch says of the mode itself, once.
+        return len([w for w in noticed if "called a synchronizing" in str(w.message)])
 
     assert waits(60) == waits(20)
 
@@ -244,32 +255,51 @@ def test_a_run_goes_on_elsewhere(physics: str, tmp_path: Path) -> None:
 def test_where_the_gpus_memory_does_not_suffice_chunks_are_halved() -> None:
     """Smaller chunks give the same step; where one task is too large, a sentence says so.
 
-    The update of 16 tasks takes half a gigabyte, and there is less.
+    There is less than the update of all tasks takes, and more than that of one. Many short
+    episodes: a GPU rounds chunks of other sizes otherwise, and within 200 control steps that would
+    become other episodes.
     """
     experiment = experiment_of(
-        iterations=1, sampling__tasks=16, sampling__episodes=20, family__horizon=200
+        iterations=1, sampling__tasks=16, sampling__episodes=200, family__horizon=20
     )
-    whole = meta_train(experiment).params
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(3.0e8 / total)
-    try:
-        fresh = new_policy(experiment)
-        trainer = Trainer.build(experiment, fresh.policy, fresh.params, FRESH)
-        assert isinstance(trainer.engine, Local)
-        assert trainer.engine.chunks.size == 16
-        with pytest.warns(RunWarning, match="is repeated with"):
-            trainer.step()
-        assert trainer.engine.chunks.size < 16
-        for name, value in whole.items():
-            torch.testing.assert_close(trainer.theta[name], value, rtol=1e-3, atol=1e-3)
-        trainer.close()
+    fresh = new_policy(experiment)
+
+    def trainer(chunk_size: int) -> Trainer:
+        # What earlier tests have left behind is not to be counted.
+        gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(5.0e7 / total)
-        with warnings.catch_warnings():
+        torch.cuda.reset_peak_memory_stats()
+        state = replace(FRESH, chunk_size=chunk_size)
+        return Trainer.build(experiment, fresh.policy, fresh.params, state)
+
+    def step(chunk_size: int) -> tuple[Params, int]:
+        """Parameters after one step, and the bytes that it took."""
+        with closing(trainer(chunk_size)) as at_work:
+            at_work.step()
+            return at_work.theta, torch.cuda.max_memory_reserved()
+
+    # What is made once, such as cuBLAS's workspace.
+    step(1)
+    whole, most = step(16)
+    _, least = step(1)
+    before = torch.cuda.memory_allocated()
+    assert before < least < most
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        with closing(trainer(0)) as at_work:
+            assert isinstance(at_work.engine, Local)
+            assert at_work.engine.chunks.size == 16
+            torch.cuda.set_per_process_memory_fraction((least + most) / 2 / total)
+            with pytest.warns(RunWarning, match="is repeated with"):
+                at_work.step()
+            assert at_work.engine.chunks.size < 16
+            moved = between(whole, fresh.params)
+            assert between(at_work.theta, whole) <= 1e-2 * moved
+        with closing(trainer(0)) as at_work, warnings.catch_warnings():
             warnings.simplefilter("ignore", RunWarning)
+            torch.cuda.set_per_process_memory_fraction((before + least) / 2 / total)
             with pytest.raises(RunStopped, match="the memory does not suffice"):
-                meta_train(experiment)
+                at_work.step()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
