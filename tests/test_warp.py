@@ -722,6 +722,31 @@ FIRST_CONTACT = int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)
 FIELDS_OF_A_ROW = ("type", "id", "pos", "margin", "D", "vel", "aref", "frictionloss", "J")
 
 
+def shuffle_contacts(data: Any, rng: np.random.Generator) -> None:
+    """Number the contacts of all worlds anew; those of one pair of geoms keep their order."""
+    import warp as wp
+
+    count = int(wp.to_torch(data.nacon)[0])
+    new = torch.from_numpy(rng.permutation(count))
+    pairs: dict[tuple[int, ...], list[int]] = {}
+    whose = [
+        wp.to_torch(data.contact.worldid)[:count, None],
+        wp.to_torch(data.contact.geom)[:count],
+    ]
+    for contact, pair in enumerate(torch.cat(whose, 1).tolist()):
+        pairs.setdefault(tuple(pair), []).append(contact)
+    for contacts in pairs.values():
+        new[contacts] = new[contacts].sort().values
+    for value in vars(data.contact).values():
+        if isinstance(value, wp.array) and value.shape[0] == data.naconmax:
+            field = wp.to_torch(value)
+            field[new] = field[:count].clone()
+    rows = wp.to_torch(data.efc.id)
+    touching = wp.to_torch(data.efc.type) >= FIRST_CONTACT
+    touching &= torch.arange(rows.shape[1], device=rows.device) < wp.to_torch(data.nefc)[:, None]
+    rows[touching] = new.to(rows)[rows[touching].long()]
+
+
 def shuffle_rows(data: Any, rng: np.random.Generator) -> None:
     """Put the rows of constraints in an order as a GPU's threads might make them in.
 
@@ -745,6 +770,25 @@ def shuffle_rows(data: Any, rng: np.random.Generator) -> None:
         for rows in contacts:
             for which, row in enumerate(rows):
                 addresses[source[row][1], which] = order.index(row)
+
+
+def check_rows(data: Any) -> None:
+    """What stands in a row belongs together, and every contact knows its rows."""
+    import warp as wp
+
+    efc = {name: wp.to_torch(getattr(data.efc, name)) for name in FIELDS_OF_A_ROW}
+    contact = {name: wp.to_torch(getattr(data.contact, name)) for name in ("efc_address", "dist")}
+    qvel = wp.to_torch(data.qvel)
+    for world, count in enumerate(wp.to_torch(data.nefc).tolist()):
+        speeds = efc["J"][world, :count, : qvel.shape[1]] @ qvel[world]
+        torch.testing.assert_close(efc["vel"][world, :count], speeds, rtol=1e-4, atol=1e-4)
+        for row in range(count):
+            if efc["type"][world, row] >= FIRST_CONTACT:
+                number = efc["id"][world, row]
+                first = int(contact["efc_address"][number, 0])
+                assert contact["efc_address"][number, row - first] == row
+                depth = float(contact["dist"][number])
+                assert efc["pos"][world, row].item() == pytest.approx(depth, abs=1e-6)
 
 
 @needs_warp
@@ -771,8 +815,10 @@ def test_bits_do_not_depend_on_which_constraint_was_made_first(
 
         def shuffled(its_model: Any, data: Any) -> None:
             if seed is not None:
+                shuffle_contacts(data, rng)
                 shuffle_rows(data, rng)
             made(its_model, data)
+            check_rows(data)
 
         inner._model.callback.control = shuffled
         physics = physics_on_host(inner)
