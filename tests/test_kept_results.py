@@ -120,6 +120,32 @@ def test_cheetahs_are_compared_on_one_budget_and_the_papers_tasks(family: str) -
     assert oracle["gradient_steps"][0]["interval_95"][1] > theirs
 
 
+def stood_still(run: Path) -> bool:
+    """Whether past iteration 300 the best mean over 20 iterations did not rise for 100."""
+    returns = np.asarray(read_metrics(run / "metrics.csv")["return_0"])
+    means = np.convolve(returns, np.ones(20) / 20, "valid")
+    return len(returns) > 300 and int(means.argmax()) + 20 + 100 <= len(returns)
+
+
+@pytest.mark.parametrize("family", ["ant_dir"])
+def test_ants_are_compared_on_the_papers_tasks(family: str) -> None:
+    """Equal control steps to 3 %, but for a baseline that stood still; adapting is worth more than
+    its interval; and the oracle is past the paper's."""
+    folder = RESULTS / f"benchmark_{family}"
+    found = json.loads((folder / "summary.json").read_text())
+    spent = {run["run"]: run["env_steps"] for run in found["runs"] if run["iterations"]}
+    assert set(spent) == {"maml-seed0", "pretrained-seed0", "oracle-seed0"}
+    for run, steps in spent.items():
+        ratio = steps / spent["maml-seed0"]
+        assert 0.97 < ratio < 1.03 or (ratio < 1 and stood_still(folder / run)), run
+    assert {one["tasks"] for one in found["methods"]} == {"paper"}
+    before, after = found["methods"][0]["gradient_steps"][:2]
+    assert after["return"] > before["interval_95"][1]
+    (oracle,) = (one for one in found["methods"] if one["method"] == "oracle")
+    theirs = paper_returns(family)["oracle"][0].mean
+    assert oracle["gradient_steps"][0]["interval_95"][0] > theirs
+
+
 def supervised_tests(folder: str) -> list[dict[str, Any]]:
     found = json.loads((RESULTS / folder / "evaluation" / "summary.json").read_text())
     tests: list[dict[str, Any]] = found["tests"]

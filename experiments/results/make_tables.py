@@ -27,7 +27,7 @@ from maml_rl.terminal import step_words
 
 RESULTS = Path(__file__).parent
 FILES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
-BENCHMARKS = ("navigation", "half_cheetah_vel", "half_cheetah_dir")
+BENCHMARKS = ("navigation", "half_cheetah_vel", "half_cheetah_dir", "ant_dir")
 
 # What JSON holds no static type can say, hence Any.
 Summary = Mapping[str, Any]
@@ -224,7 +224,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         ),
         "ant_dir_variants/from_265_kl01": "G: E, from iteration 265 on .01 nats",
         "ant_dir_variants/from_358_alpha15": "H: E, from iteration 358 on step size .15",
-        "unfinished/ant_dir/maml-seed0": (
+        "benchmark_ant_dir/maml-seed0": (
             "I: E, from iteration 358 on step size .1, from 423 on .05, from 474 on .03 to .04, "
             "from 491 on .01 nats, from 607 on 40 tasks and .005 nats"
         ),
@@ -233,7 +233,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
     },
     "ant_vel": {
         "ant_vel_variants/lambda_98_40x20": "40 tasks x 20 episodes, lambda .98",
-        "unfinished/ant_vel/maml-seed0": "20 x 40, lambda .95; from 186 on 40 x 20, shorter steps",
+        "benchmark_ant_vel/maml-seed0": "20 x 40, lambda .95; from 186 on 40 x 20, shorter steps",
     },
     "half_cheetah_dir from 600": {
         "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
@@ -265,67 +265,46 @@ def tried(name: str) -> str:
 
 
 class Planned(NamedTuple):
-    """What is planned for a family, and what an iteration of it takes."""
+    """What was planned for a family, and what an iteration of it takes."""
 
     batch: str
-    folder: str
-    """Of its runs, METHOD-seed0, as far as they are."""
-    iterations: int
-    """Of the meta-policy."""
     seconds: float
-    """An iteration of it."""
-    baseline_steps: int
-    """Control steps of an iteration without inner step, of half a meta-iteration."""
+    """An iteration of the meta-policy, of 600."""
     baseline_seconds: float
-    """And its seconds."""
+    """Half a meta-iteration's control steps without inner step, of 1,200 each for two baselines."""
 
 
 PLAN: Mapping[str, Planned] = {
-    "half_cheetah_dir": Planned("40 x 20", "benchmark_half_cheetah_dir", 600, 10.8, 160_000, 2.4),
-    "ant_dir": Planned(
-        "20 x 40, from 607 on 40 x 40", "unfinished/ant_dir", 654, 28.3, 160_000, 8.5
-    ),
-    "half_cheetah_vel": Planned("40 x 10", "benchmark_half_cheetah_vel", 620, 5.7, 80_000, 1.2),
-    "ant_vel": Planned(
-        "20 x 40, from 186 on 40 x 20", "unfinished/ant_vel", 600, 26.7, 160_000, 9.3
-    ),
-    "navigation": Planned("20 x 20", "unfinished/navigation", 600, 2.5, 40_000, 0.6),
+    "half_cheetah_dir": Planned("40 x 20", 10.8, 2.4),
+    "ant_dir": Planned("20 x 40, from 607 on 40 x 40", 28.3, 8.5),
+    "half_cheetah_vel": Planned("40 x 10", 5.7, 1.2),
+    "ant_vel": Planned("20 x 40, from 186 on 40 x 20", 26.7, 9.3),
+    "navigation": Planned("20 x 20", 2.5, 0.6),
 }
-"""By family, in the order in which they are run."""
+"""By family, in the order in which they were run."""
 
 
 def done(run: Path) -> tuple[int, float, float]:
     """Return how many iterations there are of a run, how many control steps, and its hours."""
-    if not (run / "metrics.csv").is_file():
-        return 0, 0.0, 0.0
     metrics = read_metrics(run / "metrics.csv")
     seconds = sum(sum(metrics[f"seconds_{name}"]) for name in ("sampling", "updating"))
     return int(metrics["iteration"][-1]) + 1, float(metrics["env_steps"][-1]), seconds / 3600
 
 
 def plan() -> str:
-    """Return what is done of the five experiments, and the hours that are left."""
-    rows, total = [], 0.0
+    """Return what was planned for the five experiments, what was done, and the hours of both."""
+    rows = []
     for family, one in PLAN.items():
-        runs = [RESULTS / one.folder / f"{m}-seed0" for m in ("maml", "pretrained", "oracle")]
-        iterations, sampled_by, hours = zip(*map(done, runs), strict=True)
-        finished, (sampled, *baselines) = iterations[0], sampled_by
-        left = (one.iterations - finished) * one.seconds / 3600
-        # As many control steps each as the meta-policy will have had.
-        budget = sampled + (one.iterations - finished) * 2 * one.baseline_steps
-        missing = sum(max(0.0, budget - steps) for steps in baselines)
-        left_too = missing / one.baseline_steps * one.baseline_seconds / 3600
-        total += left + left_too
-        steps = " / ".join(f"{s / 1e6:.0f}" for s in sampled_by)
-        taken = " / ".join(f"{h:.1f}" for h in hours)
-        seconds = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}"]
-        left_words = [f"{left:.1f}", f"{left_too:.1f}"]
-        rows.append([family, one.batch, str(finished), steps, taken, *seconds, *left_words])
-    rows.append(["all", *[""] * 7, f"{total:.0f} together"])
-    head = ["family", "tasks x episodes", "iterations done of the meta-policy"]
-    head += ["million control steps: meta-policy / pretrained / oracle", "hours they took"]
-    head += ["seconds: meta-policy", "seconds: baseline", "hours left: meta-policy"]
-    return table([*head, "hours left: pretrained and oracle"], rows)
+        folder = RESULTS / f"benchmark_{family}"
+        runs = [folder / f"{method}-seed0" for method in ("maml", "pretrained", "oracle")]
+        iterations, steps, hours = zip(*map(done, runs), strict=True)
+        planned = (600 * one.seconds + 2 * 1200 * one.baseline_seconds) / 3600
+        cells = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}", f"{planned:.1f}"]
+        cells += [" / ".join(map(str, iterations)), " / ".join(f"{s / 1e6:.0f}" for s in steps)]
+        rows.append([family, one.batch, *cells, " / ".join(f"{h:.1f}" for h in hours)])
+    head = ["family", "tasks x episodes", "seconds: meta-policy", "seconds: baseline"]
+    head += ["hours planned", "iterations done", "million control steps", "hours they took"]
+    return table(head, rows)
 
 
 def inner_signal() -> str:
@@ -392,7 +371,7 @@ PHASES = {
 
 def ant_slopes() -> str:
     """Return by how much the ant's return rose an iteration, by a straight line."""
-    run = RESULTS / PLAN["ant_dir"].folder / "maml-seed0"
+    run = RESULTS / "benchmark_ant_dir" / "maml-seed0"
     found = read_metrics(run / "metrics.csv")["return_1"]
     rows = []
     for (begin, what), end in zip(PHASES.items(), [*list(PHASES)[1:], len(found)], strict=True):
@@ -423,7 +402,7 @@ def noise() -> str:
     """Return step sizes beside the variance of the noise that the policy acted with."""
     rows, wanted = [], range(0, 601, 100)
     for family in ("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel"):
-        folder = f"{PLAN[family].folder}/maml-seed0"
+        folder = f"benchmark_{family}/maml-seed0"
         experiment = load_experiment(RESULTS / folder / "config.yaml")
         actions = len(experiment.family.action_columns)
         entropy = read_metrics(RESULTS / folder / "metrics.csv")["entropy"]
