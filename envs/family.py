@@ -115,8 +115,9 @@ class WarpSettings:
     nconmax: int = 0
     """Contacts that a world has room for, on average over all; 0: likewise."""
     deterministic: bool = True
-    """Whether the same episodes come out bit for bit every time; without it physics may be faster,
-    and sums are added in whatever order the GPU comes to them."""
+    """Whether the same episodes come out bit for bit every time, of bodies with at most 32 degrees
+    of freedom; without it physics may be faster, and sums are added in whatever order the GPU comes
+    to them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -288,29 +288,29 @@ def _take_rows(
     margins: wp.array2d[float],
     masses: wp.array2d[float],
     velocities: wp.array2d[float],
-    targets: wp.array2d[float],
-    losses: wp.array2d[float],
+    references: wp.array2d[float],
+    friction: wp.array2d[float],
     jacobian: wp.array3d[float],
-    whole: wp.array3d[int],
-    real: wp.array3d[float],
+    integers: wp.array3d[int],
+    numbers: wp.array3d[float],
 ) -> None:
     world, row = wp.tid()  # type: ignore[misc]
     if row >= wp.min(rows[world], njmax):
         return
     old = source[world, row]
     number = ids[world, old]
-    whole[world, row, 0] = kinds[world, old]
-    whole[world, row, 1] = number
+    integers[world, row, 0] = kinds[world, old]
+    integers[world, row, 1] = number
     if kinds[world, old] >= wp.static(int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)):
-        whole[world, row, 2] = old - addresses[number, 0]
-    real[world, row, 0] = positions[world, old]
-    real[world, row, 1] = margins[world, old]
-    real[world, row, 2] = masses[world, old]
-    real[world, row, 3] = velocities[world, old]
-    real[world, row, 4] = targets[world, old]
-    real[world, row, 5] = losses[world, old]
+        integers[world, row, 2] = old - addresses[number, 0]
+    numbers[world, row, 0] = positions[world, old]
+    numbers[world, row, 1] = margins[world, old]
+    numbers[world, row, 2] = masses[world, old]
+    numbers[world, row, 3] = velocities[world, old]
+    numbers[world, row, 4] = references[world, old]
+    numbers[world, row, 5] = friction[world, old]
     for dof in range(nv):
-        real[world, row, 6 + dof] = jacobian[world, old, dof]
+        numbers[world, row, 6 + dof] = jacobian[world, old, dof]
 
 
 @wp.kernel(enable_backward=False)  # type: ignore[untyped-decorator]
@@ -318,8 +318,8 @@ def _put_rows(
     rows: wp.array[int],
     njmax: int,
     nv: int,
-    whole: wp.array3d[int],
-    real: wp.array3d[float],
+    integers: wp.array3d[int],
+    numbers: wp.array3d[float],
     kinds: wp.array2d[int],
     ids: wp.array2d[int],
     addresses: wp.array2d[int],
@@ -327,49 +327,46 @@ def _put_rows(
     margins: wp.array2d[float],
     masses: wp.array2d[float],
     velocities: wp.array2d[float],
-    targets: wp.array2d[float],
-    losses: wp.array2d[float],
+    references: wp.array2d[float],
+    friction: wp.array2d[float],
     jacobian: wp.array3d[float],
 ) -> None:
     world, row = wp.tid()  # type: ignore[misc]
     if row >= wp.min(rows[world], njmax):
         return
-    kind, number = whole[world, row, 0], whole[world, row, 1]
+    kind, number = integers[world, row, 0], integers[world, row, 1]
     kinds[world, row] = kind
     ids[world, row] = number
     if kind >= wp.static(int(mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)):
-        addresses[number, whole[world, row, 2]] = row
-    positions[world, row] = real[world, row, 0]
-    margins[world, row] = real[world, row, 1]
-    masses[world, row] = real[world, row, 2]
-    velocities[world, row] = real[world, row, 3]
-    targets[world, row] = real[world, row, 4]
-    losses[world, row] = real[world, row, 5]
+        addresses[number, integers[world, row, 2]] = row
+    positions[world, row] = numbers[world, row, 0]
+    margins[world, row] = numbers[world, row, 1]
+    masses[world, row] = numbers[world, row, 2]
+    velocities[world, row] = numbers[world, row, 3]
+    references[world, row] = numbers[world, row, 4]
+    friction[world, row] = numbers[world, row, 5]
     for dof in range(nv):
-        jacobian[world, row, dof] = real[world, row, 6 + dof]
+        jacobian[world, row, dof] = numbers[world, row, 6 + dof]
 
 
 class RowOrder:
     """Puts the rows of constraints in one order, whichever thread of the GPU made them first.
 
     The solver sums over rows, so that their order is in its last bits. mujoco_warp has a place for
-    this, and nothing in it (4.0). Of models with a dense Jacobian, by default those of at most 32
-    degrees of freedom; another's rows are left as they are.
+    this, and nothing in it (4.0). For models with a dense Jacobian.
     """
 
     def __init__(self, model: mjw.Model, data: mjw.Data) -> None:
         """Make room for the rows of a batch."""
         shape = (data.nworld, data.njmax)
-        self._dense = not model.is_sparse
-        if self._dense:
-            self._source = wp.empty(shape, dtype=int)
-            self._whole = wp.empty((*shape, 3), dtype=int)
-            self._real = wp.empty((*shape, 6 + model.nv), dtype=float)
+        self._source = wp.empty(shape, dtype=int)
+        # Kind, id, and which of its contact's rows.
+        self._integers = wp.empty((*shape, 3), dtype=int)
+        # The six numbers that are made for a row, and its Jacobian.
+        self._numbers = wp.empty((*shape, 6 + model.nv), dtype=float)
 
     def __call__(self, model: mjw.Model, data: mjw.Data) -> None:
         """Order by kind, then by joint or pair of geoms, then as they were made."""
-        if not self._dense:
-            return
         efc, shape = data.efc, (data.nworld, data.njmax)
         sizes = [data.nefc, data.njmax, model.nv]
         wp.launch(
@@ -380,7 +377,7 @@ class RowOrder:
         )
         rows = [efc.type, efc.id, data.contact.efc_address, efc.pos, efc.margin, efc.D, efc.vel]
         rows += [efc.aref, efc.frictionloss, efc.J]
-        kept = [self._whole, self._real]
+        kept = [self._integers, self._numbers]
         wp.launch(_take_rows, dim=shape, inputs=[*sizes, self._source, *rows], outputs=kept)
         wp.launch(_put_rows, dim=shape, inputs=[*sizes, *kept], outputs=rows)
 
@@ -424,19 +421,20 @@ class WarpPhysics:
             self._data = mjw.make_data(
                 model, nworld=count, nconmax=self._nconmax, njmax=self._njmax
             )
-            order = RowOrder(self._model, self._data) if settings.deterministic else None
+            ordered = settings.deterministic and not self._model.is_sparse
+            order = RowOrder(self._model, self._data) if ordered else None
         # The bits are read here; mujoco_warp would print a line a world and step.
         self._model.opt.warn_overflow = 0
         self._model.opt.deterministic = settings.deterministic
         self._model.callback.contactfilter = align_capsules
 
-        def made(model: mjw.Model, data: mjw.Data) -> None:
+        def after_constraints(model: mjw.Model, data: mjw.Data) -> None:
             notice_overflow(model, data)
             if order is not None:
                 order(model, data)
 
         # Called between the constraints and their solution, whatever its name.
-        self._model.callback.control = made
+        self._model.callback.control = after_constraints
         data = self._data
         self.qpos: Tensor = wp.to_torch(data.qpos)
         self.qvel: Tensor = wp.to_torch(data.qvel)

@@ -302,7 +302,7 @@ def plan() -> str:
         cells = [f"{one.seconds:.1f}", f"{one.baseline_seconds:.1f}", f"{planned:.1f}"]
         cells += [" / ".join(map(str, iterations)), " / ".join(f"{s / 1e6:.0f}" for s in steps)]
         rows.append([family, one.batch, *cells, " / ".join(f"{h:.1f}" for h in hours)])
-    head = ["family", "tasks x episodes", "seconds: meta-policy", "seconds: baseline"]
+    head = ["family", "meta-policy's batch", "seconds: meta-policy", "seconds: baseline"]
     head += ["hours planned", "iterations done", "million control steps", "hours they took"]
     return table(head, rows)
 
