@@ -254,7 +254,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c == "two steps of dice" else c for c in CASES],
+)
 def test_an_iteration_on_the_device_is_that_of_the_cpu(case: str) -> None:
     """Same parameters and metrics, bit for bit, where as many tasks go together: all five."""
     name, changes = CASES[case]

@@ -75,8 +75,17 @@ def policy() -> TrainedPolicy:
     return meta_train(load_experiment("navigation", **SMALL))
 
 
-@pytest.mark.parametrize("together", [0, 1, 6])
-@pytest.mark.parametrize("name", ["navigation", "ant_vel"])
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [
+        ("navigation", 0),
+        ("navigation", 1),
+        ("navigation", 6),
+        ("ant_vel", 1),
+        pytest.param("ant_vel", 0, marks=pytest.mark.slow),
+        pytest.param("ant_vel", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_a_part_of_a_test_is_that_part_of_the_whole(name: str, together: int) -> None:
     """Tasks, seeds and chunks are those that it has among all, however many are simulated at a
     time: by each other in whole fours, since three episodes are not whole 16 bytes."""
