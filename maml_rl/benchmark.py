@@ -190,7 +190,7 @@ def check_same(
         )
     if there.seed != ours.seed:
         raise InputError(f"{path} has seed {there.seed}, and {one.name} is to be there")
-    if changed := differing(as_tree(there), as_tree(ours), NOT_OF_THE_RUN):
+    if changed := differing(as_tree(there), as_tree(ours), NOT_OF_THE_RUN, most=5):
         raise InputError(
             f"{path} was trained with other settings than the benchmark's for {one.name}: "
             f"{changed}; {hint}"

@@ -356,7 +356,7 @@ def changes(found: Checkpoint, experiment: Experiment[TaskFamily]) -> str:
         made_with = experiment_from(parse_yaml(found.origin.config, source), source)
     except InputError as error:
         return str(error)
-    return differing(as_tree(made_with), as_tree(experiment), NO_MATTER)
+    return differing(as_tree(made_with), as_tree(experiment), NO_MATTER, most=5)
 
 
 NO_MATTER = re.compile(r"iterations|threads|device|physics|warp\..*|evaluation\..*")
@@ -364,14 +364,22 @@ NO_MATTER = re.compile(r"iterations|threads|device|physics|warp\..*|evaluation\.
 
 
 def differing(
-    before: Mapping[str, object], now: Mapping[str, object], ignored: re.Pattern[str]
+    before: Mapping[str, object],
+    now: Mapping[str, object],
+    ignored: re.Pattern[str],
+    *,
+    most: int | None = None,
 ) -> str:
-    """Return in a line the settings in which two experiments differ, "" if there are none."""
+    """Return in a line the settings in which two experiments differ, "" if there are none.
+
+    Of more than `most` the others are only counted.
+    """
     old, new = dict(leaves(before)), dict(leaves(now))
     changed = [
         f"{path} {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
         for path in sorted(old.keys() | new.keys())
         if not ignored.fullmatch(path) and old.get(path) != new.get(path)
     ]
-    more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-    return ", ".join(changed[:5] + more)
+    shown = changed[:most]
+    more = [f"and {len(changed) - len(shown)} more"] if len(shown) < len(changed) else []
+    return ", ".join(shown + more)

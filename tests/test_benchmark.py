@@ -784,6 +784,30 @@ def test_runs_of_other_settings_are_taken_when_asked_for(
     assert run(["benchmark", file, *again, "--methods", "random", "--quiet"]) == 0
 
 
+def test_all_settings_of_a_reused_run_are_told(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it is refused the first five, by name."""
+    words = ["--methods", "maml", "--seeds", "3", "--candidates", "--out", "out"]
+    words += ["--reuse", str(whole / "maml-seed3")]
+    changes = {
+        "advantages.discount": "0.9",
+        "advantages.gae-lambda": "0.8",
+        "sampling.episodes": "2",
+        "sampling.tasks": "6",
+        "trust-region.damping": "0.1",
+        "trust-region.max-kl": "0.02",
+    }
+    for name, value in changes.items():
+        words += [f"--{name}", value]
+    file = write(Path("b.yaml"))
+    assert run(["benchmark", file, *words]) == 2
+    assert "trust_region.damping 1e-05 -> 0.1, and 1 more" in capsys.readouterr().err
+    assert run(["benchmark", file, *words, "--settings-may-differ"]) == 0
+    printed = capsys.readouterr().out
+    assert "trust_region.damping 0.1 -> 1e-05, trust_region.max_kl 0.02 -> 0.01\n" in printed
+
+
 def test_what_a_reused_run_would_have_been_tested_by_is_told(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
