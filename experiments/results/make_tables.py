@@ -27,7 +27,7 @@ from maml_rl.terminal import step_words
 
 RESULTS = Path(__file__).parent
 FILES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
-BENCHMARKS = ("navigation", "half_cheetah_vel", "half_cheetah_dir", "ant_dir")
+BENCHMARKS = ("navigation", "half_cheetah_vel", "half_cheetah_dir", "ant_vel", "ant_dir")
 
 # What JSON holds no static type can say, hence Any.
 Summary = Mapping[str, Any]
