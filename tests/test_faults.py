@@ -384,6 +384,7 @@ def test_what_a_start_that_was_killed_leaves_does_not_stand_in_the_way(
     assert len(rows(folder)) == 4
 
 
+@pytest.mark.slow
 def test_rows_that_stay_unwritten_are_named_at_the_end_and_at_resume(tmp_path: Path) -> None:
     """A folder where metrics.csv should be, to the last iteration; then TensorBoard's as a file."""
     folder = tmp_path / "run"

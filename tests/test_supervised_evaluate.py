@@ -196,6 +196,7 @@ def test_a_test_for_which_memory_fails_goes_on_with_fewer_tasks(
     assert stopped.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_a_runs_time_is_that_of_its_checkpoints_iterations(tmp_path: Path) -> None:
     """Of the one before the last: two rows of three."""
     supervised.meta_train(sinusoid(), out=tmp_path / "run")

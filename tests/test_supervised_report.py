@@ -275,6 +275,7 @@ def test_runs_stand_side_by_side(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_alone(text)
 
 
+@pytest.mark.slow
 def test_runs_with_other_tests_are_tested_anew_and_nothing_is_written(runs: Path) -> None:
     shutil.rmtree(runs / "oracle" / "evaluation")
     said: list[str] = []
