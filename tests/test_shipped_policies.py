@@ -115,6 +115,7 @@ def test_a_shipped_policy_is_a_whole_run(name: str, capsys: pytest.CaptureFixtur
     assert experiment.name == name
     assert experiment.adaptation.inner_steps == 1
     assert stored_test(path).returns.shape == (4, 40)
+    assert (path / "evaluation" / "learning_curves.png").is_file()
     metrics = read_metrics(path / "metrics.csv")
     summary = json.loads((path / "evaluation" / "summary.json").read_text())
     (tested,) = summary["runs"]
