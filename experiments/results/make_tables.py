@@ -9,6 +9,7 @@ the runs that are kept here. A test runs the check.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -230,6 +231,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
         ),
         "ant_dir_variants/from_373_alpha06": "J: I, from iteration 373 on step size .06",
         "ant_dir_variants/from_600_lambda95": "K: I, from iteration 600 on lambda .95",
+        "ant_dir_variants/as_ant_dir_yaml": "L: the experiment ant_dir as it stands",
     },
     "ant_vel": {
         "ant_vel_variants/lambda_98_40x20": "40 tasks x 20 episodes, lambda .98",
@@ -262,6 +264,32 @@ def tried(name: str) -> str:
             ]
         )
     return table(["run", "iterations", "before", "after one step"], rows)
+
+
+STANDING: Mapping[str, tuple[Sequence[int], Mapping[str, str]]] = {
+    "ant_dir": (
+        (0, 10, 20, 30, 40, 48),
+        {
+            "benchmark_ant_dir/maml-seed0": "I",
+            "ant_dir_variants/as_ant_dir_yaml": "L: ant_dir as it stands",
+        },
+    ),
+}
+"""Between how many million control steps a published run and its experiment are compared."""
+
+
+def standing(name: str) -> str:
+    """Return what runs returned after one step, mean over the iterations that end in each part."""
+    edges, runs = STANDING[name]
+    parts = list(itertools.pairwise(edges))
+    rows = []
+    for folder, words in runs.items():
+        metrics = read_metrics(RESULTS / folder / "metrics.csv")
+        steps = np.asarray(metrics["env_steps"]) / 1e6
+        returns = np.asarray(metrics["return_1"])
+        cells = [f"{returns[(low < steps) & (steps <= high)].mean():.0f}" for low, high in parts]
+        rows.append([f"[{words}]({folder})", *cells])
+    return table(["million control steps", *(f"{low} to {high}" for low, high in parts)], rows)
 
 
 class Planned(NamedTuple):
@@ -529,6 +557,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "step sizes": step_sizes,
     "noise": noise,
     **{f"tried {name}": partial(tried, name) for name in TRIED},
+    **{f"standing {name}": partial(standing, name) for name in STANDING},
     **{f"benchmark {family}": partial(benchmark, family) for family in BENCHMARKS},
 }
 
