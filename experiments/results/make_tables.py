@@ -236,6 +236,7 @@ TRIED: Mapping[str, Mapping[str, str]] = {
     "ant_vel": {
         "ant_vel_variants/lambda_98_40x20": "40 tasks x 20 episodes, lambda .98",
         "benchmark_ant_vel/maml-seed0": "20 x 40, lambda .95; from 186 on 40 x 20, shorter steps",
+        "ant_vel_variants/as_ant_vel_yaml": "the experiment ant_vel as it stands",
     },
     "half_cheetah_dir from 600": {
         "half_cheetah_dir_variants/from_600_gamma95": "`advantages.discount .95`",
@@ -272,6 +273,13 @@ STANDING: Mapping[str, tuple[Sequence[int], Mapping[str, str]]] = {
         {
             "benchmark_ant_dir/maml-seed0": "I",
             "ant_dir_variants/as_ant_dir_yaml": "L: ant_dir as it stands",
+        },
+    ),
+    "ant_vel": (
+        (0, 4, 8, 12, 16),
+        {
+            "benchmark_ant_vel/maml-seed0": "20 x 40 at first",
+            "ant_vel_variants/as_ant_vel_yaml": "ant_vel as it stands",
         },
     ),
 }
