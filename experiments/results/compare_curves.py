@@ -9,33 +9,29 @@ the spread of the batches gives it. It says nothing of how much two seeds of one
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from maml_rl.runs import read_metrics
 
 ROWS = 10
 
 
-def read(run: Path) -> list[dict[str, float]]:
-    """Return the numbers of a run's metrics.csv, row by row."""
-    names = ("env_steps", "return_1")
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{name: float(row[name]) for name in names} for row in csv.DictReader(file)]
-
-
-def between(rows: list[dict[str, float]], low: float, high: float) -> list[float]:
+def between(metrics: Mapping[str, Sequence[float]], low: float, high: float) -> list[float]:
     """Return the returns after adaptation between two numbers of control steps."""
-    return [row["return_1"] for row in rows if low < row["env_steps"] <= high]
+    rows = zip(metrics["env_steps"], metrics["return_1"], strict=True)
+    return [after for steps, after in rows if low < steps <= high]
 
 
-def mean(values: list[float]) -> str:
+def mean(values: Sequence[float]) -> str:
     """Return a mean and how many it is of."""
     return f"{statistics.fmean(values):.1f} ({len(values)})" if values else "-"
 
 
-def difference(one: list[float], other: list[float]) -> str:
+def difference(one: Sequence[float], other: Sequence[float]) -> str:
     """Return the difference of two means with its standard error."""
     if min(len(one), len(other)) < 2:
         return "-"
@@ -47,21 +43,21 @@ def main(paths: list[str]) -> None:
     """Compare the two runs named on the command line."""
     if len(paths) != 2:
         raise SystemExit(__doc__)
-    runs = [read(Path(path)) for path in paths]
-    shared = min(rows[-1]["env_steps"] for rows in runs)
+    runs = [read_metrics(Path(path) / "metrics.csv") for path in paths]
+    shared = min(metrics["env_steps"][-1] for metrics in runs)
     print("Mean return of training batches after one gradient step (their number)")
     names = "  ".join(f"{Path(path).name:>28}" for path in paths)
     print(f"{'million control steps':>22}  {names}  {'difference':>16}")
     for part in range(ROWS):
         low, high = shared * part / ROWS, shared * (part + 1) / ROWS
-        one, other = (between(rows, low, high) for rows in runs)
+        one, other = (between(metrics, low, high) for metrics in runs)
         cells = f"{mean(one):>28}  {mean(other):>28}  {difference(one, other):>16}"
         print(f"{high / 1e6:22.1f}  {cells}")
-    for path, rows in zip(paths, runs, strict=True):
-        last = [row["return_1"] for row in rows[-10:]]
+    for path, metrics in zip(paths, runs, strict=True):
+        steps, after = metrics["env_steps"], metrics["return_1"]
         print(
-            f"{path}: {len(rows)} iterations, {rows[-1]['env_steps'] / 1e6:.1f} million control "
-            f"steps; {mean(last)} after one step at the end"
+            f"{path}: {len(steps)} iterations, {steps[-1] / 1e6:.1f} million control "
+            f"steps; {mean(after[-10:])} after one step at the end"
         )
 
 

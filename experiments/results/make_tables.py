@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from compare_curves import between
 
 from maml_rl.config import load_experiment, shipped_policies
 from maml_rl.paper import paper_returns
@@ -293,10 +294,8 @@ def standing(name: str) -> str:
     rows = []
     for folder, words in runs.items():
         metrics = read_metrics(RESULTS / folder / "metrics.csv")
-        steps = np.asarray(metrics["env_steps"]) / 1e6
-        returns = np.asarray(metrics["return_1"])
-        cells = [f"{returns[(low < steps) & (steps <= high)].mean():.0f}" for low, high in parts]
-        rows.append([f"[{words}]({folder})", *cells])
+        means = (np.mean(between(metrics, low * 1e6, high * 1e6)) for low, high in parts)
+        rows.append([f"[{words}]({folder})", *(f"{mean:.0f}" for mean in means)])
     return table(["million control steps", *(f"{low} to {high}" for low, high in parts)], rows)
 
 
